@@ -1,0 +1,45 @@
+"""Everything that can be set about tuning, as plain data with one description per field."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TuneConfig(BaseModel):
+    """How a soft prompt is tuned. Every default is meant to do; the descriptions are what `--help` shows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(20, ge=1, le=1024, description="soft tokens P")
+    init: str = Field(
+        "text", description="where the vectors start: text, labels, vocabulary, random, or prompt:PATH"
+    )
+    init_text: str | None = Field(None, description="text for init=text; without it an instruction made from the task")
+    learning_rate: float = Field(
+        0.05, gt=0, description="in units of the embedding table's RMS, so that one value serves models of any scale"
+    )
+    optimizer: Literal["adamw", "adafactor"] = Field("adamw", description="optimiser")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with rising learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm of the whole prompt; 0 does not clip")
+    epochs: float = Field(2.0, gt=0, description="passes over the training rows, unless steps is given")
+    steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
+    batch_size: int = Field(16, ge=1, description="examples an optimiser step")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="tokens computed at once: bounds the memory and changes no result"
+    )
+    reparametrisation: Literal["none", "residual"] = Field(
+        "none", description="residual: learn through a small network, folded away at save (Razdaibiedina et al. 2023)"
+    )
+    validate_every: int | None = Field(
+        None, ge=1, description="optimiser steps between validations; default: four in a run"
+    )
+    validation_rows: int = Field(500, ge=1, description="rows of the validation split that are used at most")
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better score")
+    checkpoint_every: int = Field(25, ge=1, description="optimiser steps between checkpoints")
+    max_tokens: int | None = Field(None, ge=8, description="longest row in tokens; default: the model's context")
+    seed: int = Field(0, ge=0, description="seed of the order of rows and of the initialiser")
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
