@@ -1,0 +1,299 @@
+"""The frozen model: load it, know it again, embed, compute. The only file that knows transformers' models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .attention import Pass, UnsupportedAttentionError, rows_in_line
+from .errors import BackboneError, BackboneMismatchError
+from .prompt import SoftPrompt
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# Layer types whose only mixing of tokens is the attention function that the fast path replaces.
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Backbone:
+    """A pretrained causal language model that never changes, with its tokenizer.
+
+    model, tokenizer: transformers' own objects; the model is in eval mode with no parameter that requires a gradient.
+    name: what it was loaded as. fast: whether rows are computed in one line with shared states (see attention.py), or
+    each row by plain concatenation because this architecture does not allow it; `why_plain` says why.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "", report: Callable[[str], None] | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._report = report or log.warning
+        self._fast: bool | None = None
+        self.why_plain = ""
+        self._fingerprint = ""
+        if self.dtype == torch.float64:
+            _norms_in_float64(model)
+        self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
+        if getattr(model, "get_output_embeddings", lambda: None)() is None or getattr(model.config, "is_encoder_decoder", False):
+            raise BackboneError(f"{self.name} ({type(model).__name__}) is not a causal language model; expected one")
+
+    @staticmethod
+    def load(
+        name: str,
+        *,
+        precision: str = "auto",
+        device: str | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> Backbone:
+        """Load a frozen model by hub id, local folder, .gguf file, or the alias `smollm2-135m`.
+
+        precision: auto (what is faster here, measured), float32, bfloat16, float16 or float64. device: cuda, mps, cpu;
+        by default what there is. report: called with one line for each thing done. Raises BackboneError, with all that
+        was tried when nothing is found.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as hf_logging
+
+        from . import machine, weights
+
+        say = report or log.info
+        place = torch.device(device) if device else machine.default_device()
+        if precision == "auto":
+            choice = machine.probe_precision(place)
+            dtype = choice.dtype
+            say(f"precision {str(dtype).removeprefix('torch.')}: {choice.reason}")
+        elif precision in PRECISIONS:
+            dtype = PRECISIONS[precision]
+        else:
+            raise BackboneError(f"unknown precision '{precision}'; expected auto, {', '.join(PRECISIONS)}")
+        if place.type == "cpu":
+            machine.keep_freed_memory()
+        found = weights.locate(name, report=say)
+        hf_logging.disable_progress_bar()  # a line of ours says it
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                found.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
+            )
+        except (ValueError, ImportError):  # not every architecture has sdpa
+            model = AutoModelForCausalLM.from_pretrained(
+                found.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
+        tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
+        backbone = Backbone(model.to(place), tokenizer, found.base_model_id, report)
+        precision_name = str(dtype).removeprefix("torch.")
+        say(f"{backbone.name}: {backbone.parameters / 1e6:,.0f} M parameters, frozen, {precision_name} on {place}")
+        return backbone
+
+    # --- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def text_config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @property
+    def embed(self) -> torch.nn.Module:
+        """The model's own token embedding: ids [...] -> [..., H], with whatever scaling the model applies."""
+        module: torch.nn.Module = self.model.get_input_embeddings()
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.embed.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.embed.parameters()).dtype
+
+    @property
+    def width(self) -> int:
+        """H, the width of the embeddings."""
+        return int(next(self.embed.parameters()).shape[1])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(next(self.embed.parameters()).shape[0])
+
+    @property
+    def layers(self) -> int:
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the model was made for, in tokens; a very large number where the model has no limit."""
+        config = self.text_config
+        found = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "seq_length")]
+        return next((int(n) for n in found if n), 1 << 20)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The few numbers that PEFT writes beside a prompt."""
+        config = self.text_config
+        return {
+            "num_layers": self.layers,
+            "num_attention_heads": int(config.num_attention_heads),
+            "token_dim": self.width,
+            "model_type": config.model_type,
+        }
+
+    @torch.no_grad()
+    def embedding_table(self) -> torch.Tensor:
+        """The embeddings of all V tokens as the model sees them: float32 [V, H] on the CPU."""
+        chunks = torch.arange(self.vocab_size, device=self.device).split(65536)
+        return torch.cat([self.embed(ids).to("cpu", torch.float32) for ids in chunks])
+
+    @property
+    def embedding_rms(self) -> float:
+        """Root mean square of an entry of the embedding table: the unit of the learning rate."""
+        if not hasattr(self, "_embedding_rms"):
+            self._embedding_rms = float(self.embedding_table().double().square().mean().sqrt())
+        return self._embedding_rms
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that stay the same for the same model whatever its precision, device or folder.
+
+        A hash of the shape-giving configuration and, of each of up to 64 parameters spread over the model, 64 evenly
+        spaced numbers, rounded to bfloat16 (so that a model and its bfloat16 copy agree).
+        """
+        if not self._fingerprint:
+            self._fingerprint = _fingerprint(self.model, self.text_config)
+        return self._fingerprint
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Sixteen hex digits of the vocabulary with its ids."""
+        if not hasattr(self, "_tokenizer_hash"):
+            vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()), ensure_ascii=False)
+            self._tokenizer_hash = hashlib.sha256(vocabulary.encode("utf-8", "replace")).hexdigest()[:16]
+        return self._tokenizer_hash
+
+    def check(self, prompt: SoftPrompt, *, force: bool = False) -> None:
+        """Raise BackboneMismatchError if `prompt` was tuned for another model. A wrong width cannot be forced."""
+        mine = f"{self.name} (fingerprint {self.fingerprint}, width {self.width})"
+        theirs = f"{prompt.base_model or 'an unnamed model'} (fingerprint {prompt.fingerprint or 'unknown'}, width {prompt.width})"
+        if prompt.width != self.width:
+            raise BackboneMismatchError(f"the prompt was tuned for {theirs}, this model is {mine}; load that model")
+        if prompt.fingerprint and prompt.fingerprint != self.fingerprint and not force:
+            raise BackboneMismatchError(
+                f"the prompt was tuned for {theirs}, this model is {mine}; load that model, or force it"
+            )
+
+    # --- computing ----------------------------------------------------------------------------------------------
+
+    @property
+    def fast(self) -> bool:
+        """Whether rows may be computed in one line. Found out once, by comparing it with the plain model on noise."""
+        if self._fast is None:
+            self._fast, self.why_plain = True, ""
+            self.why_plain = _why_not_in_line(self)
+            self._fast = not self.why_plain
+            if self.why_plain:
+                self._report(f"{self.name}: computed plainly, row by row ({self.why_plain}); slower, the same results")
+        return self._fast
+
+    def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor, rows: Pass) -> torch.Tensor:
+        """Last hidden states of rows in one line: embeddings [N, H], positions [N] -> [N, H of the last layer]."""
+        with rows_in_line(self.model, rows):
+            body = self.model.base_model
+            out = body(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)
+        states: torch.Tensor = out.last_hidden_state[0]
+        return states
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states: [A, H] -> [A, V]."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def plain_logits(self, embeddings: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The model's own forward over right-padded rows: [B, T, H], [B, T], [B, T] -> [B, T, V]. The reference."""
+        given: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": False}
+        if self._takes_positions:
+            given["position_ids"] = positions
+        logits: torch.Tensor = self.model(**given).logits
+        return logits
+
+    @property
+    def _takes_positions(self) -> bool:
+        from inspect import signature
+
+        return "position_ids" in signature(self.model.forward).parameters
+
+
+def _norms_in_float64(model: Any) -> None:
+    """Let a float64 model compute in float64: transformers' RMS norms always go through float32.
+
+    A norm is replaced only if the float64 formula gives the norm's own numbers to float32 precision.
+    """
+    for module in model.modules():
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        weight = getattr(module, "weight", None)
+        if "RMSNorm" not in type(module).__name__ or eps is None or weight is None:
+            continue
+        sample = torch.linspace(-1, 1, weight.numel(), dtype=torch.float64, device=weight.device)[None]
+        for scale in (weight, 1 + weight):  # Gemma's norms scale by 1 + weight
+
+            def norm(x: torch.Tensor, scale: torch.Tensor = scale, eps: float = eps) -> torch.Tensor:
+                return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
+
+            with torch.no_grad():
+                same = torch.allclose(norm(sample), module(sample), rtol=1e-5, atol=1e-6)
+            if same:
+                module.forward = norm
+                break
+
+
+def _fingerprint(model: Any, config: Any) -> str:
+    digest = hashlib.sha256()
+    keys = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    digest.update(json.dumps({key: getattr(config, key, None) for key in keys}, sort_keys=True).encode())
+    named = sorted(model.named_parameters())
+    for name, parameter in named[:: max(1, len(named) // 64)]:
+        flat = parameter.detach().flatten()
+        index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long()
+        sample = flat[index.to(flat.device)].to("cpu", torch.bfloat16).float()
+        digest.update(name.encode() + str(tuple(parameter.shape)).encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def _why_not_in_line(backbone: Backbone) -> str:
+    """Empty if the fast path gives the plain path's logits on random rows of this model, else the reason."""
+    config = backbone.text_config
+    strange = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
+    if strange:
+        return f"layers of type {', '.join(sorted(strange))}"
+    generator = torch.Generator().manual_seed(0)
+    shared, lengths = 3, (4, 7, 5)
+    table_std = max(backbone.embedding_rms, 1e-6)
+    noise = torch.randn(shared + sum(lengths), backbone.width, generator=generator) * table_std
+    noise = noise.to(backbone.device, backbone.dtype)
+    pieces = noise[shared:].split(list(lengths))
+    try:
+        first = Pass([shared], record=True, device=backbone.device)
+        backbone.hidden(noise[:shared], torch.arange(shared, device=backbone.device), first)
+        rows = Pass(lengths, shared=first.states(), device=backbone.device)
+        positions = torch.cat([torch.arange(shared, shared + n) for n in lengths]).to(backbone.device)
+        ours = backbone.head(backbone.hidden(noise[shared:], positions, rows)).split(list(lengths))
+    except (UnsupportedAttentionError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(backbone.dtype, 0.05)
+    for piece, logits in zip(pieces, ours, strict=True):
+        row = torch.cat([noise[:shared], piece])[None]
+        mask = torch.ones(row.shape[:2], dtype=torch.long, device=backbone.device)
+        where = torch.arange(row.shape[1], device=backbone.device)[None]
+        theirs = backbone.plain_logits(row, mask, where)[0, shared:]
+        if (theirs - logits).abs().max() > tolerance * (theirs - theirs.mean()).abs().max():
+            return "its layers mix tokens in a way that shared states do not give"
+    return ""

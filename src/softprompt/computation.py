@@ -1,0 +1,226 @@
+"""Nothing is computed twice: the loss of a batch and its gradient, sharing whatever rows have in common.
+
+A row of ids is cut where the rules of a causal model allow:
+
+    [ shared by all rows of the batch      | own text before any soft token | the rest ]
+    [ constant text | soft tokens and text |                                |          ]
+      once a process  once an optimiser step  once a row, kept                 each step
+
+"Once a step" is done as a split backward pass: the states of the shared part are computed with a graph, then cut off as
+leaves; every micro-batch adds its gradient to the leaves; at the end one backward pass goes through the few shared
+tokens. The plain reference (`exact_reference=True`) concatenates everything in every row and asks the model itself.
+Both give the same loss and the same gradient (tests/test_computation.py, to 1e-10 in float64).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .attention import Pass, States, join
+from .backbone import Backbone
+from .losses import loss_of_hidden, summed_cross_entropy
+from .placement import Row, embed_with_soft, first_soft, in_line, in_rectangle, shared_length
+
+
+@dataclass
+class LossAndGradient:
+    """loss: natural-log cross-entropy summed over `tokens` label tokens. gradient: d loss / d vectors, [P, H]."""
+
+    loss: float
+    tokens: int
+    gradient: torch.Tensor
+
+
+class StateCache:
+    """States that never change for a backbone (no soft token before them), kept up to a bound of bytes, oldest out.
+
+    Keys are token ids, so nothing that differs can ever be confused. One cache belongs to one backbone.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 30):
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[int, ...], States] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[int, ...]) -> States | None:
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: tuple[int, ...], states: States) -> None:
+        size = states.nbytes()
+        if size > self.max_bytes or key in self._kept:
+            return
+        self._kept[key] = states
+        self._bytes += size
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes()
+
+
+def shared_states(
+    backbone: Backbone, ids: Sequence[int], vectors: torch.Tensor | None, cache: StateCache | None = None
+) -> States:
+    """States of tokens that stand before every row: S ids (soft ones from `vectors` [P, H]) -> L x [1, K, S, D].
+
+    With a graph to `vectors` where gradients are enabled. Constant text before the first soft token comes from `cache`.
+    """
+    if not ids:
+        return States([], [])
+    constant = first_soft(ids)
+    before = _constant_states(backbone, tuple(ids[:constant]), cache)
+    if constant == len(ids):
+        return before
+    rest = torch.tensor(ids[constant:], device=backbone.device)
+    embeddings = embed_with_soft(rest, vectors, backbone.embed)
+    positions = torch.arange(constant, len(ids), device=backbone.device)
+    rows = Pass([len(rest)], shared=before if constant else None, record=True, device=backbone.device)
+    backbone.hidden(embeddings, positions, rows)
+    return join([before, rows.states()])
+
+
+@torch.no_grad()
+def _constant_states(backbone: Backbone, ids: tuple[int, ...], cache: StateCache | None) -> States:
+    if not ids:
+        return States([], [])
+    states = cache.get(ids) if cache else None
+    if states is None:
+        line = torch.tensor(ids, device=backbone.device)
+        rows = Pass([len(ids)], record=True, device=backbone.device)
+        backbone.hidden(backbone.embed(line), torch.arange(len(ids), device=backbone.device), rows)
+        states = rows.states()
+        states.lengths = None
+        if cache:
+            cache.put(ids, states)
+    return states
+
+
+@torch.no_grad()
+def text_states(
+    backbone: Backbone, rows: Sequence[Row], start: int, shared: States, cache: StateCache | None = None
+) -> tuple[States | None, list[int]]:
+    """States of each row's own text from `start` to its first soft token, and where each row goes on.
+
+    Such text is the same at every step, so each row's states are kept in `cache`. Returns (None, starts) if no row has
+    any. At least the last token of the context is left to the row, since its output is needed.
+    """
+    ends = [max(start, min(first_soft(row.ids), row.answer - 1)) for row in rows]
+    if not any(first_soft(row.ids) < len(row.ids) for row in rows):  # no soft token follows: nothing to gain
+        return None, [start] * len(rows)
+    if all(end == start for end in ends):
+        return None, ends
+    kept = [cache.get(row.ids[:end]) if cache else None for row, end in zip(rows, ends, strict=True)]
+    missing = [i for i, states in enumerate(kept) if states is None and ends[i] > start]
+    if missing:
+        line = in_line([Row(rows[i].ids[: ends[i]], ends[i]) for i in missing], [start] * len(missing), backbone.device)
+        todo = Pass(line.lengths, shared=shared if shared.size else None, record=True, device=backbone.device)
+        backbone.hidden(backbone.embed(line.ids), line.positions, todo)
+        fresh = todo.states()
+        for slot, i in enumerate(missing):
+            length = ends[i] - start
+            kept[i] = States(
+                [k[slot : slot + 1, :, :length].clone() for k in fresh.keys],
+                [v[slot : slot + 1, :, :length].clone() for v in fresh.values],
+            )
+            if cache:
+                cache.put(rows[i].ids[: ends[i]], kept[i])  # type: ignore[arg-type]
+    return _pad(kept, backbone), ends
+
+
+def _pad(states: Sequence[States | None], backbone: Backbone) -> States:
+    """Rows of states [1, K, C_r, D] as one padded [R, K, C, D] with its lengths."""
+    lengths = [s.size if s else 0 for s in states]
+    some = next(s for s in states if s)
+    shape = (len(states), some.keys[0].shape[1], max(lengths), some.keys[0].shape[3])
+    keys = [some.keys[0].new_zeros(shape) for _ in some.keys]
+    values = [some.keys[0].new_zeros(shape) for _ in some.keys]
+    for r, row in enumerate(states):
+        if row is not None:
+            for layer in range(len(keys)):
+                keys[layer][r, :, : lengths[r]] = row.keys[layer][0]
+                values[layer][r, :, : lengths[r]] = row.values[layer][0]
+    return States(keys, values, torch.tensor(lengths, device=backbone.device))
+
+
+def micro_batches(rows: Sequence[Row], start: int, budget: int) -> Iterator[list[Row]]:
+    """Rows of like length together, each micro-batch with at most `budget` own tokens (or a single longer row)."""
+    ordered = sorted(rows, key=lambda row: -len(row.ids))
+    batch: list[Row] = []
+    used = 0
+    for row in ordered:
+        own = len(row.ids) - start
+        if batch and used + own > budget:
+            yield batch
+            batch, used = [], 0
+        batch.append(row)
+        used += own
+    if batch:
+        yield batch
+
+
+def loss_and_gradient(
+    backbone: Backbone,
+    rows: Sequence[Row],
+    vectors: torch.Tensor,
+    *,
+    exact_reference: bool = False,
+    micro_batch_tokens: int = 1024,
+    cache: StateCache | None = None,
+) -> LossAndGradient:
+    """Summed cross-entropy of the answers of `rows` given the soft prompt `vectors` [P, H], and its gradient [P, H].
+
+    exact_reference: by the plain concatenation of every row and the model's own forward, for tests and for whoever
+    doubts the fast path. micro_batch_tokens bounds the memory and changes nothing else.
+    """
+    assert all(row.answer < len(row.ids) for row in rows), "every row needs an answer"
+    precise = torch.promote_types(torch.float32, backbone.dtype)
+    leaf = vectors.detach().to(backbone.device, precise).requires_grad_()
+    tokens = sum(len(row.ids) - row.answer for row in rows)
+    if exact_reference or not backbone.fast:
+        loss = _plain_backward(backbone, rows, leaf, len(rows) if exact_reference else None, micro_batch_tokens)
+    else:
+        loss = _shared_backward(backbone, rows, leaf, micro_batch_tokens, cache)
+    gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+    return LossAndGradient(loss, tokens, gradient)
+
+
+def _plain_backward(
+    backbone: Backbone, rows: Sequence[Row], leaf: torch.Tensor, at_once: int | None, budget: int
+) -> float:
+    batches = [list(rows)] if at_once else list(micro_batches(rows, 0, budget))
+    total = 0.0
+    for batch in batches:
+        grid = in_rectangle(batch, backbone.device)
+        embeddings = embed_with_soft(grid.ids, leaf, backbone.embed)
+        logits = backbone.plain_logits(embeddings, grid.mask, grid.positions)
+        loss = summed_cross_entropy(logits[grid.scored], grid.targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
+
+
+def _shared_backward(
+    backbone: Backbone, rows: Sequence[Row], leaf: torch.Tensor, budget: int, cache: StateCache | None
+) -> float:
+    start = shared_length(rows)
+    shared = shared_states(backbone, rows[0].ids[:start], leaf, cache)
+    learns = shared.size > 0 and shared.keys[0].requires_grad
+    leaves = shared.detached() if learns else shared
+    total = 0.0
+    for batch in micro_batches(rows, start, budget):
+        past, starts = text_states(backbone, batch, start, leaves, cache)
+        line = in_line(batch, starts, backbone.device)
+        embeddings = embed_with_soft(line.ids, leaf, backbone.embed)
+        passed = Pass(line.lengths, leaves if leaves.size else None, past, device=backbone.device)
+        hidden = backbone.hidden(embeddings, line.positions, passed)
+        loss, gradient = loss_of_hidden(hidden[line.scored], line.targets, backbone.head, backbone.vocab_size)
+        hidden[line.scored].backward(gradient)  # type: ignore[no-untyped-call]
+        total += loss
+    if learns:
+        pairs = [(s, g.grad) for s, g in zip(shared.keys + shared.values, leaves.keys + leaves.values, strict=True)]
+        torch.autograd.backward([s for s, g in pairs if g is not None], [g for _, g in pairs if g is not None])
+    return total
