@@ -13,6 +13,7 @@ token precedes). Softmax over the joined scores is exactly the attention over th
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Pass:
 
     lengths: own tokens of each row. shared: states that stand before every row. past: states of each row's own
     context, between `shared` and its own tokens. record: keep the own keys and values of each layer in `recorded`.
+    parents: own tokens form a tree (the same in every row) in which each sees its ancestors only; -1 at the root.
     """
 
     lengths: Sequence[int]
@@ -77,6 +79,7 @@ class Pass:
     past: States | None = None
     record: bool = False
     device: torch.device | str = "cpu"
+    parents: Sequence[int] | None = None
     recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,12 +104,12 @@ class Pass:
         return self._masks[window]
 
     def _build_mask(self, window: int | None) -> torch.Tensor | None:
-        if self.width == 1 and self.past is None and window is None:
+        if self.width == 1 and self.past is None and window is None:  # one query that sees all there is
             return None
         shared = self.shared.size if self.shared else 0
         past = self.past.size if self.past else 0
         dev = torch.device(self.device)
-        own = torch.arange(self.width, device=dev)
+        own, own_hidden = self._own_places(dev)
         start = torch.full((1,), shared, device=dev)  # [R or 1], position of the first own token
         hidden_past = torch.zeros(1, 1, past, dtype=torch.bool, device=dev)
         if self.past is not None:
@@ -120,7 +123,7 @@ class Pass:
             [
                 torch.zeros(rows, self.width, shared, dtype=torch.bool, device=dev),
                 hidden_past.expand(rows, self.width, past),
-                (own[None, :] > own[:, None])[None].expand(rows, -1, -1),  # causal among its own tokens
+                own_hidden.expand(rows, -1, -1),
             ],
             dim=2,
         )
@@ -130,12 +133,52 @@ class Pass:
             hidden = hidden | (start[:, None, None] + own[None, :, None] - positions[:, None, :] >= window)
         return hidden
 
+    def _own_places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Place of each own token after the row's context [T], and which own keys it may not see [1, T, T]."""
+        if self.parents is None:
+            own = torch.arange(self.width, device=device)
+            return own, (own[None, :] > own[:, None])[None]
+        hidden = torch.ones(self.width, self.width, dtype=torch.bool)
+        depth = torch.zeros(self.width, dtype=torch.long)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                hidden[node], depth[node] = hidden[parent], depth[parent] + 1
+            hidden[node, node] = False
+        return depth.to(device), hidden[None].to(device)
+
     def states(self) -> States:
         """The recorded keys and values, one row of own tokens padded to [R, K, T, D] per layer."""
         layers = range(len(self.recorded))
         keys = [_spread(self.recorded[i][0], self) for i in layers]
         values = [_spread(self.recorded[i][1], self) for i in layers]
         return States(keys, values, torch.as_tensor(self.lengths, device=self.device))
+
+
+class StateCache:
+    """States that never change for a backbone (no soft token before them), kept up to a bound of bytes, oldest out.
+
+    Keys are token ids, so nothing that differs can ever be confused. One cache belongs to one backbone.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 30):
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[int, ...], States] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[int, ...]) -> States | None:
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: tuple[int, ...], states: States) -> None:
+        size = states.nbytes()
+        if size > self.max_bytes or key in self._kept:
+            return
+        self._kept[key] = states
+        self._bytes += size
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes()
 
 
 class _Spread(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .attention import Pass, UnsupportedAttentionError, rows_in_line
+from .attention import Pass, StateCache, UnsupportedAttentionError, rows_in_line
 from .errors import BackboneError, BackboneMismatchError
 from .prompt import SoftPrompt
 
@@ -26,7 +26,8 @@ class Backbone:
 
     model, tokenizer: transformers' own objects; the model is in eval mode with no parameter that requires a gradient.
     name: what it was loaded as. fast: whether rows are computed in one line with shared states (see attention.py), or
-    each row by plain concatenation because this architecture does not allow it; `why_plain` says why.
+    each row by plain concatenation because this architecture does not allow it; `why_plain` says why. states: what has
+    been computed before any row's own text, kept.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "", report: Callable[[str], None] | None = None):
@@ -34,6 +35,7 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._report = report or log.warning
+        self.states = StateCache()
         self._fast: bool | None = None
         self.why_plain = ""
         self._fingerprint = ""
@@ -261,7 +263,8 @@ def _fingerprint(model: Any, config: Any) -> str:
     named = sorted(model.named_parameters())
     for name, parameter in named[:: max(1, len(named) // 64)]:
         flat = parameter.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long()
+        count = min(64, flat.numel())
+        index = torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)
         sample = flat[index.to(flat.device)].to("cpu", torch.bfloat16).float()
         digest.update(name.encode() + str(tuple(parameter.shape)).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -294,6 +297,6 @@ def _why_not_in_line(backbone: Backbone) -> str:
         mask = torch.ones(row.shape[:2], dtype=torch.long, device=backbone.device)
         where = torch.arange(row.shape[1], device=backbone.device)[None]
         theirs = backbone.plain_logits(row, mask, where)[0, shared:]
-        if (theirs - logits).abs().max() > tolerance * (theirs - theirs.mean()).abs().max():
+        if not (theirs - logits).abs().max() <= tolerance * (theirs - theirs.mean()).abs().max():  # NaN is no
             return "its layers mix tokens in a way that shared states do not give"
     return ""

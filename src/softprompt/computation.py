@@ -14,15 +14,15 @@ Both give the same loss and the same gradient (tests/test_computation.py, to 1e-
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .attention import Pass, States, join
+from .attention import Pass, StateCache, States, join
 from .backbone import Backbone
-from .losses import loss_of_hidden, summed_cross_entropy
+from .losses import PIECE, log_probabilities, loss_of_hidden, summed_cross_entropy
 from .placement import Row, embed_with_soft, first_soft, in_line, in_rectangle, shared_length
 
 
@@ -35,43 +35,23 @@ class LossAndGradient:
     gradient: torch.Tensor
 
 
-class StateCache:
-    """States that never change for a backbone (no soft token before them), kept up to a bound of bytes, oldest out.
-
-    Keys are token ids, so nothing that differs can ever be confused. One cache belongs to one backbone.
-    """
-
-    def __init__(self, max_bytes: int = 1 << 30):
-        self.max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[int, ...], States] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: tuple[int, ...]) -> States | None:
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-        return found
-
-    def put(self, key: tuple[int, ...], states: States) -> None:
-        size = states.nbytes()
-        if size > self.max_bytes or key in self._kept:
-            return
-        self._kept[key] = states
-        self._bytes += size
-        while self._bytes > self.max_bytes:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes()
-
-
 def shared_states(
     backbone: Backbone, ids: Sequence[int], vectors: torch.Tensor | None, cache: StateCache | None = None
 ) -> States:
     """States of tokens that stand before every row: S ids (soft ones from `vectors` [P, H]) -> L x [1, K, S, D].
 
-    With a graph to `vectors` where gradients are enabled. Constant text before the first soft token comes from `cache`.
+    With a graph to `vectors` where gradients are enabled. Constant text before the first soft token comes from `cache`,
+    and so does the whole where no gradient is wanted and the same vectors have been seen.
     """
     if not ids:
         return States([], [])
     constant = first_soft(ids)
+    key = ()
+    if cache and vectors is not None and constant < len(ids) and not torch.is_grad_enabled():
+        key = (*ids, _digest(vectors))
+        kept = cache.get(key)
+        if kept is not None:
+            return kept
     before = _constant_states(backbone, tuple(ids[:constant]), cache)
     if constant == len(ids):
         return before
@@ -80,7 +60,14 @@ def shared_states(
     positions = torch.arange(constant, len(ids), device=backbone.device)
     rows = Pass([len(rest)], shared=before if constant else None, record=True, device=backbone.device)
     backbone.hidden(embeddings, positions, rows)
-    return join([before, rows.states()])
+    states = join([before, rows.states()])
+    if cache and key:
+        cache.put(key, states)
+    return states
+
+
+def _digest(vectors: torch.Tensor) -> int:
+    return int.from_bytes(hashlib.sha256(vectors.detach().cpu().numpy().tobytes()).digest()[:16], "big")
 
 
 @torch.no_grad()
@@ -223,4 +210,34 @@ def _shared_backward(
     if learns:
         pairs = [(s, g.grad) for s, g in zip(shared.keys + shared.values, leaves.keys + leaves.values, strict=True)]
         torch.autograd.backward([s for s, g in pairs if g is not None], [g for _, g in pairs if g is not None])
+    return total
+
+
+@torch.no_grad()
+def answer_log_probability(
+    backbone: Backbone,
+    rows: Sequence[Row],
+    vectors: torch.Tensor | None,
+    *,
+    exact_reference: bool = False,
+    micro_batch_tokens: int = 1024,
+) -> float:
+    """log p(answer | context) summed over the answers of all rows, natural logarithm. No gradient is computed."""
+    total = 0.0
+    if exact_reference or not backbone.fast:
+        for batch in micro_batches(rows, 0, micro_batch_tokens):
+            grid = in_rectangle(batch, backbone.device)
+            embeddings = embed_with_soft(grid.ids, vectors, backbone.embed)
+            logits = backbone.plain_logits(embeddings, grid.mask, grid.positions)[grid.scored]
+            total += float(log_probabilities(logits, grid.targets).double().sum())
+        return total
+    start = shared_length(rows)
+    shared = shared_states(backbone, rows[0].ids[:start], vectors, backbone.states)
+    for batch in micro_batches(rows, start, micro_batch_tokens):
+        line = in_line(batch, [start] * len(batch), backbone.device)
+        passed = Pass(line.lengths, shared if shared.size else None, device=backbone.device)
+        hidden = backbone.hidden(embed_with_soft(line.ids, vectors, backbone.embed), line.positions, passed)
+        at_once = max(1, PIECE // backbone.vocab_size)
+        pieces = zip(hidden[line.scored].split(at_once), line.targets.split(at_once), strict=True)
+        total += sum(float(log_probabilities(backbone.head(h), t).double().sum()) for h, t in pieces)
     return total

@@ -1,0 +1,61 @@
+"""softprompt: tune, evaluate and use soft prompts of a frozen language model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backbone import Backbone as Backbone
+    from .computation import LossAndGradient as LossAndGradient
+    from .data import Split as Split
+    from .data import Task as Task
+    from .errors import SoftPromptError as SoftPromptError
+    from .evaluation.generation import Sampling as Sampling
+    from .evaluation.runner import Report as Report
+    from .evaluation.runner import evaluate as evaluate
+    from .inference import Classified as Classified
+    from .inference import classify as classify
+    from .inference import generate as generate
+    from .inference import loss_and_gradient as loss_and_gradient
+    from .inference import stream as stream
+    from .prompt import SoftPrompt as SoftPrompt
+    from .templates import Template as Template
+    from .training.config import TuneConfig as TuneConfig
+    from .training.run import TuneResult as TuneResult
+    from .training.run import tune as tune
+
+__version__ = "0.1.0"
+
+# Public names and where they live; loaded when first asked for, so that `import softprompt` does not load torch.
+_HOMES = {
+    "Backbone": "backbone",
+    "Classified": "inference",
+    "LossAndGradient": "computation",
+    "Report": "evaluation.runner",
+    "Sampling": "evaluation.generation",
+    "SoftPrompt": "prompt",
+    "SoftPromptError": "errors",
+    "Split": "data",
+    "Task": "data",
+    "Template": "templates",
+    "TuneConfig": "training.config",
+    "TuneResult": "training.run",
+    "classify": "inference",
+    "evaluate": "evaluation.runner",
+    "generate": "inference",
+    "loss_and_gradient": "inference",
+    "stream": "inference",
+    "tune": "training.run",
+}
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'softprompt' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,235 @@
+"""Tuning: the one training loop.
+
+A step takes a batch of examples in an order fixed by the seed, has their loss and the gradient of the soft prompt
+computed (computation.py), and lets an optimiser move the vectors. Everything else here watches, keeps and resumes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..backbone import Backbone
+from ..computation import LossAndGradient, loss_and_gradient
+from ..errors import TrainingError
+from ..placement import Row
+from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from .config import TuneConfig
+from .monitor import Monitor, majority_warning, movement_warning
+from .parameters import make_optimizer, make_parameters
+from .schedule import learning_rate_factor
+from .world import World
+
+
+@dataclass
+class Validation:
+    """score: higher is better (accuracy, or minus the loss). predicted: classes, empty for free text."""
+
+    score: float
+    loss: float
+    metric: str
+    predicted: list[str] = field(default_factory=list)
+
+
+def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Indices of the examples of each step: one random order after another, cut into batches across their ends.
+
+    Depends on its arguments alone, so a resumed run skips to its place and goes on with the same batches.
+    """
+    batch: list[int] = []
+    epoch = 0
+    while steps > 0:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        epoch += 1
+        for index in order:
+            batch.append(index)
+            if len(batch) == min(batch_size, count):
+                yield batch
+                batch, steps = [], steps - 1
+                if steps == 0:
+                    return
+
+
+def planned_steps(config: TuneConfig, count: int) -> int:
+    """Optimiser steps of the whole run over `count` examples."""
+    return config.steps or max(1, round(config.epochs * count / min(config.batch_size, count)))
+
+
+class Trainer:
+    """One run: parameters, optimiser, place in the data, best prompt so far.
+
+    validate: scores a prompt [P, H]. save: keeps a checkpoint (called every so often, and whenever the run stops).
+    stop: asked after each step; True ends the run after keeping a checkpoint (Ctrl-C).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        rows: Sequence[Row],
+        initial: torch.Tensor,
+        config: TuneConfig,
+        *,
+        validate: Callable[[torch.Tensor], Validation] | None,
+        monitor: Monitor,
+        save: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        stop: Callable[[], bool] = lambda: False,
+        world: World | None = None,
+    ):
+        self.backbone, self.rows, self.config, self.monitor = backbone, rows, config, monitor
+        self.validate, self.save, self.stop = validate, save, stop
+        self.world = world or World()
+        self.unit = backbone.embedding_rms
+        self.initial = initial
+        self.parameters = make_parameters(initial, config.reparametrisation, self.unit, config.seed)
+        self.optimizer = make_optimizer(
+            self.parameters, config.optimizer, config.learning_rate, config.weight_decay, self.unit
+        )
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.steps = planned_steps(config, len(rows))
+        self.step = 0
+        self.best_score = -math.inf
+        self.best_step = 0
+        self.best = initial.clone()
+        self.last_validation: Validation | None = None
+        self.validated_at = -1
+        self.without_gain = 0
+        self.seconds = 0.0
+
+    def run(self) -> str:
+        """Train to the end; returns why it ended: "finished", "no better score", or "interrupted"."""
+        order = batches(len(self.rows), self.config.batch_size, self.steps, self.config.seed)
+        reason = "finished"
+        for number, indices in enumerate(order):
+            if number < self.step:
+                continue  # done before the run was resumed
+            self._train_step(self.world.share([self.rows[i] for i in indices]), len(indices))
+            if self.step % self._validation_interval() == 0 or self.step == self.steps:
+                self._validate()
+            if self.config.patience and self.without_gain >= self.config.patience and self.step < self.steps:
+                reason = "no better score"
+            elif self.stop() and self.step < self.steps:
+                reason = "interrupted"
+            last = self.step == self.steps or reason != "finished"
+            if last or self.step % self.config.checkpoint_every == 0:
+                self.save(self.checkpoint())
+            if last:
+                break
+        self.monitor.add("end", self.step, reason=reason)
+        return reason
+
+    def _train_step(self, batch: Sequence[Row], examples: int) -> None:
+        begun = time.perf_counter()
+        vectors = self.parameters.vectors()
+        found = self._gradient(batch, vectors.detach())
+        tokens = float(self.world.sum(torch.tensor(float(found.tokens))))
+        loss = float(self.world.sum(torch.tensor(found.loss, dtype=torch.float64))) / tokens
+        gradient = self.world.sum(found.gradient).to("cpu", torch.float32) / tokens
+        if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
+            self._stop_at_nonsense(loss)
+        self.optimizer.zero_grad()
+        vectors.backward(gradient)  # type: ignore[no-untyped-call]
+        norm = self._clip()
+        factor = learning_rate_factor(self.step, self.steps, self.config.warmup, self.config.schedule)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.step()
+        self.step += 1
+        seconds = time.perf_counter() - begun
+        self.seconds += seconds
+        current = self.parameters.vectors().detach()
+        self.monitor.add(
+            "step",
+            self.step,
+            loss=loss,
+            learning_rate=self.config.learning_rate * factor,
+            gradient_norm=norm,
+            examples_per_second=examples / seconds,
+            token_gradient_norms=_rounded(gradient.norm(dim=1) * self.unit),
+            token_norms=_rounded(current.norm(dim=1)),
+            seconds=round(self.seconds, 3),
+        )
+        self._look_after(current)
+
+    def _gradient(self, batch: Sequence[Row], vectors: torch.Tensor) -> LossAndGradient:
+        budget = self.config.micro_batch_tokens
+        return loss_and_gradient(
+            self.backbone, batch, vectors, micro_batch_tokens=budget, cache=self.backbone.states
+        )
+
+    def _clip(self) -> float:
+        """Clip all gradients together, measured in units of the embedding RMS; returns the norm before."""
+        gradients = [p.grad for p in self.parameters.parameters() if p.grad is not None]
+        norm = float(torch.stack([g.norm() for g in gradients]).norm()) * self.unit
+        if self.config.clip and norm > self.config.clip:
+            for gradient in gradients:
+                gradient.mul_(self.config.clip / norm)
+        return norm
+
+    def _look_after(self, vectors: torch.Tensor) -> None:
+        text = movement_warning(vectors, self.initial, self.unit, self.step / self.steps)
+        if text:
+            self.monitor.warn_once(self.step, text)
+
+    def _stop_at_nonsense(self, loss: float) -> None:
+        self.monitor.add("end", self.step, reason="loss is not finite")
+        raise TrainingError(
+            f"the loss became {loss} at step {self.step + 1}; the last good checkpoint is kept. "
+            "Try a smaller learning_rate (a tenth), or precision float32"
+        )
+
+    def _validation_interval(self) -> int:
+        return self.config.validate_every or max(1, math.ceil(self.steps / 4))
+
+    def _validate(self) -> None:
+        if self.validate is None:
+            self.best, self.best_step = self.parameters.vectors().detach().clone(), self.step
+            return
+        current = self.parameters.vectors().detach().clone()
+        found = self.validate(current)
+        self.last_validation, self.validated_at = found, self.step
+        self.monitor.add("validation", self.step, loss=found.loss, score=found.score, metric=found.metric)
+        text = majority_warning(found.predicted, 2)
+        if text:
+            self.monitor.warn_once(self.step, text)
+        if found.score > self.best_score:
+            self.best_score, self.best_step, self.best, self.without_gain = found.score, self.step, current, 0
+        else:
+            self.without_gain += 1
+
+    # --- keeping and going on -----------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """All that the rest of the run depends on."""
+        tensors = {f"parameters.{name}": p.detach() for name, p in self.parameters.named_parameters()}
+        tensors |= {"best": self.best, "initial": self.initial, **optimizer_tensors(self.optimizer)}
+        facts = {
+            "step": self.step,
+            "steps": self.steps,
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "best_step": self.best_step,
+            "without_gain": self.without_gain,
+            "seconds": self.seconds,
+        }
+        return Checkpoint(tensors, facts)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to where `checkpoint` was taken; the rest of the run is then the same bit for bit."""
+        tensors, facts = checkpoint.tensors, checkpoint.facts
+        with torch.no_grad():
+            for name, parameter in self.parameters.named_parameters():
+                parameter.copy_(tensors[f"parameters.{name}"])
+        restore_optimizer(self.optimizer, tensors)
+        self.best, self.initial = tensors["best"], tensors["initial"]
+        self.step, self.best_step = facts["step"], facts["best_step"]
+        self.best_score = -math.inf if facts["best_score"] is None else facts["best_score"]
+        self.without_gain, self.seconds = facts["without_gain"], facts["seconds"]
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    """Six significant digits: enough for a plot, and metrics.jsonl stays small."""
+    return [float(f"{value:.6g}") for value in values.tolist()]

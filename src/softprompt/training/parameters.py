@@ -1,0 +1,69 @@
+"""What is learned: the vectors themselves, or a small network that gives them and is folded away at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+class PromptParameters(nn.Module):
+    """The trainable parameters behind a soft prompt; `vectors()` gives the prompt [P, H] with its graph."""
+
+    def __init__(self, initial: torch.Tensor):
+        super().__init__()
+        self.embedding = nn.Parameter(initial.detach().clone().float())  # [P, H]
+
+    def vectors(self) -> torch.Tensor:
+        return self.embedding
+
+
+class ResidualPromptParameters(PromptParameters):
+    """vectors = e + LayerNorm(up(relu(down(e)))), as in Razdaibiedina et al. 2023 (arXiv:2305.03937), equation 3.
+
+    One network is shared by all soft tokens. Its last scale starts at zero, so that training starts at the initialiser.
+    """
+
+    def __init__(self, initial: torch.Tensor, bottleneck: int, unit: float, seed: int):
+        super().__init__(initial)
+        width = initial.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        self.unit = unit  # RMS of the embedding table: the network works on numbers of size one
+        self.down = nn.Parameter(torch.randn(width, bottleneck, generator=generator) * width**-0.5)
+        self.up = nn.Parameter(torch.randn(bottleneck, width, generator=generator) * bottleneck**-0.5)
+        self.scale = nn.Parameter(torch.zeros(width))
+
+    def vectors(self) -> torch.Tensor:
+        inner = torch.relu(self.embedding / self.unit @ self.down) @ self.up  # [P, H]
+        normed = nn.functional.layer_norm(inner, inner.shape[-1:])
+        return self.embedding + self.unit * self.scale * normed
+
+    def network(self) -> Iterator[nn.Parameter]:
+        yield from (self.down, self.up, self.scale)
+
+
+def make_parameters(initial: torch.Tensor, reparametrisation: str, unit: float, seed: int) -> PromptParameters:
+    """`none`: the vectors. `residual`: through a network with a bottleneck of 128."""
+    if reparametrisation == "residual":
+        return ResidualPromptParameters(initial, min(128, initial.shape[1]), unit, seed)
+    return PromptParameters(initial)
+
+
+def make_optimizer(
+    parameters: PromptParameters, name: str, learning_rate: float, weight_decay: float, unit: float
+) -> torch.optim.Optimizer:
+    """AdamW or Adafactor with a learning rate in units of the embedding table's RMS.
+
+    Adam moves each number by about its learning rate, so for the vectors it is multiplied by the RMS; the residual
+    network works on numbers of size one and is not. torch's Adafactor scales by the RMS of each parameter by itself.
+    """
+    network = list(parameters.network()) if isinstance(parameters, ResidualPromptParameters) else []
+    if name == "adafactor":
+        return torch.optim.Adafactor(
+            [parameters.embedding, *network], lr=learning_rate, weight_decay=weight_decay, eps=(None, 1e-3)
+        )
+    groups = [{"params": [parameters.embedding], "lr": learning_rate * unit}]
+    if network:
+        groups.append({"params": network, "lr": learning_rate * 0.1})
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=False)

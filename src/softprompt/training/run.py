@@ -1,0 +1,368 @@
+"""`tune`: from a backbone and a task to a tuned prompt, with a run folder that can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import signal
+import threading
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..backbone import Backbone
+from ..data import Split, Task
+from ..encoding import Encoder
+from ..errors import ConfigError, DataError, OutputError, TrainingError
+from ..evaluation.runner import Report, evaluate_prompt
+from ..initialisers import initialise
+from ..placement import Row
+from ..prompt import SoftPrompt
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .config import TuneConfig
+from .loop import Trainer, Validation
+from .monitor import Listener, Monitor
+
+CHECKPOINT = "checkpoints/last.safetensors"
+# Room for a checkpoint beside the one before, the log and the report; checked before hours are spent.
+NEEDED_BYTES = 64 << 20
+
+
+@dataclass
+class TuneResult:
+    """prompt: the best by validation. history: every event of the run. validation: its report on the validation split
+    (None without one). report: path of report.html, or None without a run folder. reason: why the run ended."""
+
+    prompt: SoftPrompt
+    history: list[dict[str, Any]]
+    validation: Report | None
+    report: Path | None
+    reason: str
+    run_folder: Path | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    cut_rows: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def tune(
+    backbone: Backbone,
+    task: Task,
+    config: TuneConfig | None = None,
+    *,
+    run_folder: str | Path | None = None,
+    resume: bool = False,
+    listen: Listener | Sequence[Listener] = (),
+    baselines: Callable[[], list[dict[str, Any]]] | None = None,
+    **settings: Any,
+) -> TuneResult:
+    """Tune a soft prompt for `task` on the frozen `backbone`.
+
+    settings: fields of TuneConfig, as keywords (`tokens=20`), in place of or over `config`. run_folder: where the
+    run's settings, log, checkpoints and report go; without one nothing is written. resume: go on from the run
+    folder's checkpoint; the result is bit for bit that of the undisturbed run. listen: called with each event.
+
+    Raises ConfigError (settings), DataError (rows), OutputError (folder), TrainingError (a loss that is not finite).
+    """
+    config = _settle(config, settings)
+    folder = Path(run_folder) if run_folder is not None else None
+    listeners = (listen,) if callable(listen) else tuple(listen)
+    if not len(task.train):
+        raise DataError("the training split has no rows; give more data or another share")
+    encoder = _encoder(backbone, task, config)
+    rows, cut = encode_rows(encoder, task.train)
+    recorded = _record(backbone, task, config)
+    checkpoint = _prepare(folder, resume, recorded)
+    initial, init_note = _initial(backbone, task, config, checkpoint)
+    with _interruptible() as stop:
+        monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
+        trainer = Trainer(
+            backbone,
+            rows,
+            initial,
+            config,
+            validate=_validator(backbone, task, config),
+            monitor=monitor,
+            save=(lambda found: save_checkpoint(found, folder / CHECKPOINT)) if folder else (lambda found: None),
+            stop=stop,
+        )
+        if checkpoint:
+            trainer.restore(checkpoint)
+        monitor.open(trainer.step if checkpoint else None)
+        monitor.add("start", trainer.step, steps=trainer.steps, rows=len(rows), cut_rows=cut, init=init_note)
+        try:
+            reason = trainer.run()
+        finally:
+            monitor.close()
+    return _finish(backbone, task, config, trainer, monitor, folder, recorded, reason, cut, baselines)
+
+
+def _settle(config: TuneConfig | None, settings: dict[str, Any]) -> TuneConfig:
+    from pydantic import ValidationError
+
+    try:
+        return TuneConfig(**{**(config.model_dump() if config else {}), **settings})
+    except ValidationError as error:
+        raise ConfigError(
+            [f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}, found {e['input']!r}" for e in error.errors()]
+        ) from error
+
+
+def _encoder(backbone: Backbone, task: Task, config: TuneConfig) -> Encoder:
+    limit = min(config.max_tokens or backbone.context_length, backbone.context_length)
+    if config.tokens >= limit:
+        raise ConfigError(
+            f"{config.tokens} soft tokens leave no room for text in {limit} tokens; use fewer, or a larger max_tokens"
+        )
+    return Encoder(task.template, backbone.tokenizer, config.tokens, limit)
+
+
+def encode_rows(encoder: Encoder, split: Split) -> tuple[list[Row], int]:
+    """Every example as ids, and how many had to be cut to fit."""
+    encoded = [encoder.row(fields) for fields in split]
+    return [row for row, _ in encoded], sum(1 for _, cut in encoded if cut)
+
+
+def _initial(
+    backbone: Backbone, task: Task, config: TuneConfig, checkpoint: Checkpoint | None
+) -> tuple[torch.Tensor, str]:
+    if checkpoint:
+        return checkpoint.tensors["initial"], "from the checkpoint"
+    return initialise(
+        config.init,
+        table=backbone.embedding_table(),
+        tokenizer=backbone.tokenizer,
+        tokens=config.tokens,
+        generator=torch.Generator().manual_seed(config.seed),
+        template=task.template,
+        init_text=config.init_text,
+    )
+
+
+def _validator(backbone: Backbone, task: Task, config: TuneConfig) -> Callable[[torch.Tensor], Validation] | None:
+    if not len(task.validation):
+        return None
+    split = task.validation.take(config.validation_rows, seed=0)
+
+    def validate(vectors: torch.Tensor) -> Validation:
+        report = evaluate_prompt(backbone, split, vectors, max_tokens=config.max_tokens, text_scores=False)
+        if report.scores is None:
+            return Validation(-report.loss, report.loss, "minus loss")
+        return Validation(report.accuracy, report.loss, "accuracy", report.predicted)
+
+    return validate
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------
+
+
+def _record(backbone: Backbone, task: Task, config: TuneConfig) -> dict[str, Any]:
+    """What a run is made of: written at its start, compared when it is resumed."""
+    rows = json.dumps([list(task.train), list(task.validation)], sort_keys=True, ensure_ascii=False, default=str)
+    return {
+        "model": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "precision": str(backbone.dtype).removeprefix("torch."),
+        "device": backbone.device.type,
+        "template": task.template.to_dict(),
+        "data": {**task.source, "rows": {s.name: len(s) for s in (task.train, task.validation, task.test)}},
+        "data_sha256": hashlib.sha256(rows.encode()).hexdigest(),
+        "tuning": config.model_dump(),
+    }
+
+
+def _prepare(folder: Path | None, resume: bool, recorded: dict[str, Any]) -> Checkpoint | None:
+    """Make the run folder ready, or check that the one there can be resumed. All that can fail early fails here."""
+    if folder is None:
+        if resume:
+            raise ConfigError("resume needs the run folder of the run to go on with")
+        return None
+    saved = folder / "run.json"
+    if resume:
+        return _resumable(folder, saved, recorded)
+    if folder.exists() and any(folder.iterdir()) and not saved.exists():
+        raise OutputError(f"{folder} holds something that is not a run; choose another run folder")
+    if saved.exists():
+        raise OutputError(f"{folder} holds a run already; go on with it (--resume) or choose another run folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < NEEDED_BYTES:
+            raise OutputError(
+                f"only {free >> 20} MiB free at {folder}, {NEEDED_BYTES >> 20} MiB are needed; make room first"
+            )
+        saved.write_text(json.dumps(recorded, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump(json.loads(saved.read_text(encoding="utf-8")), sort_keys=False, allow_unicode=True),
+            encoding="utf-8",
+        )
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=2), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write to run folder {folder}: {error.strerror or error}; choose another") from error
+    return None
+
+
+def _resumable(folder: Path, saved: Path, recorded: dict[str, Any]) -> Checkpoint | None:
+    if not saved.exists():
+        raise OutputError(f"{folder} holds no run to resume (no run.json); start it without --resume")
+    before = json.loads(saved.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(recorded, default=str))
+    keys = ("fingerprint", "precision", "device", "template", "data_sha256", "tuning")
+    changed = [key for key in keys if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(
+            f"the run in {folder} was started with another {', '.join(changed)}; "
+            "resume it with what it was started with, or start a new run"
+        )
+    path = folder / CHECKPOINT
+    return load_checkpoint(path) if path.exists() else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("softprompt", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C (or SIGTERM) asks the run to stop after its step; the second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tensorboard(folder: Path | None, config: TuneConfig) -> list[Listener]:
+    if not config.tensorboard:
+        return []
+    if folder is None:
+        raise ConfigError("tensorboard events need a run folder to be written to")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("tensorboard is not installed; pip install tensorboard, or leave tensorboard off") from error
+    writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def write(event: dict[str, Any]) -> None:
+        names = {"step": ("loss", "learning_rate", "gradient_norm"), "validation": ("loss", "score")}
+        for name in names.get(event["event"], ()):
+            writer.add_scalar(f"{event['event']}/{name}", event[name], event["step"])  # type: ignore[no-untyped-call]
+        if event["event"] == "end":
+            writer.close()  # type: ignore[no-untyped-call]
+
+    return [write]
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def _finish(
+    backbone: Backbone,
+    task: Task,
+    config: TuneConfig,
+    trainer: Trainer,
+    monitor: Monitor,
+    folder: Path | None,
+    recorded: dict[str, Any],
+    reason: str,
+    cut: int,
+    baselines: Callable[[], list[dict[str, Any]]] | None,
+) -> TuneResult:
+    prompt = _prompt(backbone, task, trainer, recorded, reason)
+    validation, page = None, None
+    if reason != "interrupted" and len(task.validation):
+        validation = evaluate_prompt(
+            backbone, task.validation.take(config.validation_rows, seed=0), prompt.vectors, max_tokens=config.max_tokens
+        )
+        prompt.metrics["validation"] = validation.to_dict(brief=True)
+    if folder and reason != "interrupted":
+        page = write_run_report(folder, backbone, prompt, trainer.initial, monitor.events, recorded, validation)
+        summary = {"reason": reason, "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds}
+        summary["validation"] = prompt.metrics.get("validation")
+        (folder / "result.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    return TuneResult(
+        prompt, monitor.events, validation, page, reason, folder, trainer.step, trainer.seconds, cut
+    )
+
+
+def _prompt(
+    backbone: Backbone, task: Task, trainer: Trainer, recorded: dict[str, Any], reason: str
+) -> SoftPrompt:
+    step = trainer.best_step or trainer.step
+    provenance = {
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "architecture": backbone.architecture,
+        "run": recorded,
+        "versions": versions(),
+        "step": step,
+        "steps": trainer.steps,
+        "ended": reason,
+        "seconds": round(trainer.seconds, 1),
+    }
+    vectors = trainer.best if trainer.best_step else trainer.parameters.vectors().detach()
+    return SoftPrompt(
+        vectors.clone(), task.template, backbone.name, backbone.fingerprint, backbone.tokenizer_hash, provenance
+    )
+
+
+def write_run_report(
+    folder: Path,
+    backbone: Backbone,
+    prompt: SoftPrompt,
+    initial: torch.Tensor | None,
+    events: list[dict[str, Any]],
+    recorded: dict[str, Any],
+    report: Report | None,
+    baselines: Sequence[dict[str, Any]] = (),
+) -> Path | None:
+    """report.html of a run. Looking must never cost a result: a failure here is told and the run goes on."""
+    from ..inspection.report import write_report
+
+    try:
+        return write_report(
+            folder / "report.html",
+            title=folder.name,
+            config=recorded,
+            events=events,
+            prompt=prompt,
+            table=backbone.embedding_table(),
+            tokenizer=backbone.tokenizer,
+            initial=initial,
+            scores=report.to_dict() if report else None,
+            mistakes=report.mistakes() if report else [],
+            examples=report.examples() if report else [],
+            baselines=list(baselines),
+        )
+    except OSError as error:
+        raise OutputError(f"cannot write {folder / 'report.html'}: {error}; the prompt itself is not lost") from error
+
+
