@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -223,7 +224,8 @@ class Backbone:
         given: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": False}
         if self._takes_positions:
             given["position_ids"] = positions
-        logits: torch.Tensor = self.model(**given).logits
+        with _softmax_in_float64() if self.dtype == torch.float64 else nullcontext():
+            logits: torch.Tensor = self.model(**given).logits
         return logits
 
     @property
@@ -254,6 +256,21 @@ def _norms_in_float64(model: Any) -> None:
             if same:
                 module.forward = norm
                 break
+
+
+@contextmanager
+def _softmax_in_float64() -> Iterator[None]:
+    """Let eager attention in a float64 model compute in float64: it asks for a float32 softmax by name."""
+    softmax = torch.nn.functional.softmax
+
+    def precise(x: torch.Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **more: Any) -> torch.Tensor:
+        return softmax(x, dim=dim, dtype=torch.float64 if x.dtype == torch.float64 else dtype, **more)
+
+    torch.nn.functional.softmax = precise  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.nn.functional.softmax = softmax
 
 
 def _fingerprint(model: Any, config: Any) -> str:
