@@ -186,7 +186,7 @@ def entry(shape: Any = (3, 8), dtype: Any = "F32", offsets: Any = (0, 96), name:
         (tensor_file({}), "holds no tensor 'prompt_embeddings', found none"),
         (tensor_file({**entry(), **entry(name="lm_head.weight")}), "other trained weights .'lm_head.weight'."),
         (tensor_file(entry(dtype="I32")), "holds I32 numbers, expected one of"),
-        (tensor_file(entry(dtype=["F32"])), "holds .* numbers, expected one of"),
+        (tensor_file(entry(dtype=["F32"])), "entry 'prompt_embeddings' is not a tensor's"),
         (tensor_file(entry(shape=[24])), r"shape \[24\], expected \[tokens, width\]"),
         (tensor_file(entry(shape=[0, 8], offsets=[0, 0]), b""), r"shape \[0, 8\], expected"),
         (tensor_file(entry(shape=[2048, 8], offsets=[0, 65536]), b"\0" * 65536), "with 1 to 1024 tokens"),
@@ -333,7 +333,12 @@ def test_new_empty_and_linked_folders(tmp_path: Path) -> None:
 
 
 def fail(number: int) -> Any:
-    def failing(*_: Any, **__: Any) -> Any:
+    """A stand-in for a function of `os`; opening is refused for writing only."""
+    real_open = os.open
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if len(arguments) > 1 and isinstance(arguments[1], int) and not arguments[1] & os.O_WRONLY:
+            return real_open(*arguments, **options)
         raise OSError(number, os.strerror(number))
 
     return failing

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .description import PROMPT_FILE
+from .description import PROMPT_FILE, plain
 from .errors import PromptFormatError
 from .prompt import SoftPrompt
 from .tensorfile import TENSOR_FILE, parse_tensor, read_bytes, read_json
@@ -129,7 +129,7 @@ def adapter_config(prompt: SoftPrompt) -> dict[str, Any]:
 
 def adapter_config_bytes(prompt: SoftPrompt) -> bytes:
     """`adapter_config(prompt)` as PEFT lays its file out."""
-    return json.dumps(adapter_config(prompt), indent=2, sort_keys=True).encode()
+    return json.dumps(plain(adapter_config(prompt)), indent=2, sort_keys=True).encode()
 
 
 def pickle_refusal(path: Path) -> PromptFormatError:
@@ -146,7 +146,7 @@ def pickle_refusal(path: Path) -> PromptFormatError:
 def _check_config(config: dict[str, Any], where: Path) -> None:
     """Refuse what is not a soft prompt of a causal model; warn of what we do not know."""
     kind, task = config.get("peft_type"), config.get("task_type")
-    if kind not in _KNOWN:
+    if not isinstance(kind, str) or kind not in _KNOWN:
         raise PromptFormatError(
             f"{where} describes an adapter of type {kind!r}: only PROMPT_TUNING and P_TUNING adapters can be read"
         )
@@ -185,7 +185,7 @@ def _no_tensors(folder: Path) -> PromptFormatError:
 def _describes(original: dict[str, Any], prompt: SoftPrompt) -> bool:
     """True if PEFT's configuration is one we can write again, and for a prompt of this shape."""
     shape = (original.get("num_virtual_tokens"), original.get("token_dim"))
-    return original.get("peft_type") in _KNOWN and shape in ((prompt.tokens, prompt.width), (prompt.tokens, None))
+    return original.get("peft_type") in list(_KNOWN) and shape in ((prompt.tokens, prompt.width), (prompt.tokens, None))
 
 
 def _without_remote_code(config: dict[str, Any]) -> dict[str, Any]:

@@ -72,12 +72,12 @@ def _end(name: str, entry: Any, where: Path) -> int:
     """Where the tensor of a header entry ends, counted from the end of the header; the size must fit its shape."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
         raise PromptFormatError(f"{where} has a damaged safetensors header: entry {name!r} is not a tensor's")
-    size = _ITEM_SIZE.get(dtype) if isinstance(dtype, str) else None
+    size = _ITEM_SIZE.get(dtype)
     if size is not None and math.prod(shape) * size != end - begin:
         raise PromptFormatError(
             f"{where} has a damaged safetensors header: {name!r} is {dtype} {shape} in {end - begin} bytes"

@@ -41,13 +41,11 @@ def ordinary_tokens(table: Tensor, tokenizer: Any, most: int, least: int = 1) ->
 
 def usable_rows(table: Tensor) -> Tensor:
     """True for the rows of the table [V, H] that hold a trained embedding: finite, and not (nearly) zero; bool [V]."""
-    norms = torch.cat([rows.float().norm(dim=1) for rows in table.split(_ROWS_AT_ONCE)])  # [V]; NaN stays NaN
-    finite = torch.isfinite(norms)
-    if not bool(finite.any()):
-        raise ConfigError("the model's embedding table holds no finite row: its weights are damaged")
-    positive = norms[finite & (norms > 0)]
-    limit = 1e-3 * float(positive.median()) if positive.numel() else 0.0
-    return finite & (norms > limit)
+    norms = torch.cat([rows.float().norm(dim=1) for rows in torch.split(table, _ROWS_AT_ONCE)])  # [V]; NaN stays NaN
+    usable = torch.isfinite(norms) & (norms > 0)
+    if not bool(usable.any()):
+        raise ConfigError("the model's embedding table holds no usable row: its weights are damaged")
+    return usable & (norms > 1e-3 * norms[usable].median())
 
 
 def text_ids(text: str, table: Tensor, tokenizer: Any) -> list[int]:
@@ -60,7 +58,7 @@ def text_ids(text: str, table: Tensor, tokenizer: Any) -> list[int]:
 def mean_and_spread(table: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [H] over the usable rows, summed in float64, some rows at a time."""
     alive = usable_rows(table)
-    parts = [(rows, use) for rows, use in zip(table.split(_ROWS_AT_ONCE), alive.split(_ROWS_AT_ONCE))]
+    parts = [(rows, use) for rows, use in zip(torch.split(table, _ROWS_AT_ONCE), torch.split(alive, _ROWS_AT_ONCE))]
     count = int(alive.sum())
     mean = sum((rows[use].double().sum(dim=0) for rows, use in parts), torch.zeros(table.shape[1], dtype=torch.float64))
     mean = mean / count

@@ -84,7 +84,9 @@ def _summary(path: Path, folder: Path) -> dict[str, Any]:
 def _score(metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:
     """The main score, which may stand one level down, under the split that it was measured on (test first)."""
     for part in (metrics, metrics.get("test"), metrics.get("validation")):
-        for name in _SCORES if isinstance(part, Mapping) else ():
+        if not isinstance(part, Mapping):
+            continue
+        for name in _SCORES:
             value = part.get(name)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return (str(part.get("metric", name)) if name == "score" else name), float(value)
