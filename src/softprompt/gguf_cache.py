@@ -91,7 +91,6 @@ def _convert(path: Path, folder: Path, base_model_id: str, report: Report) -> No
         check_model_folder(partial, path.name)
         if folder.exists():
             shutil.rmtree(folder)
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
         _let_others_read(partial)
         os.rename(partial, folder)
     finally:
@@ -100,7 +99,7 @@ def _convert(path: Path, folder: Path, base_model_id: str, report: Report) -> No
 
 
 def _let_others_read(folder: Path) -> None:
-    """Give a folder and its files ordinary permissions: temporary folders and safetensors files are private at first."""
+    """Give a folder and its files ordinary permissions: temporary folders and safetensors files start private."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
