@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import random
 import re
 import struct
 from pathlib import Path
@@ -12,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from softprompt.templates import Template
 
 from softprompt.atomic import is_temporary, write_atomic
 from softprompt.errors import OutputError, PromptFormatError
-from softprompt.fileformat import check_output, is_prompt_folder, load_prompt, save_prompt, verify_prompt
+from softprompt.fileformat import check_output, is_prompt_folder, load_prompt, verify_prompt
 from softprompt.library import list_prompts
 from softprompt.prompt import SoftPrompt
-from softprompt.templates import Template
 
 DESCRIPTION, TENSOR, PEFT = "softprompt.json", "adapter_model.safetensors", "adapter_config.json"
 
@@ -84,7 +86,9 @@ def test_description_says_what_the_contract_lists(saved: Path) -> None:
     assert described["format_version"] == 1
     assert described["placement"] == "front"
     assert described["labels"] == {"0": "bad", "1": "good"}
-    assert {"kind", "template", "base_model", "fingerprint", "tokenizer_hash", "provenance", "metrics"} <= set(described)
+    assert {"kind", "template", "base_model", "fingerprint", "tokenizer_hash", "provenance", "metrics"} <= set(
+        described
+    )
 
 
 def test_odd_settings_do_not_lose_a_prompt(tmp_path: Path) -> None:
@@ -235,8 +239,6 @@ def test_every_changed_byte_is_told(saved: Path) -> None:
 def test_numbers_that_are_not_finite(saved: Path) -> None:
     content = tensor_file(entry(), struct.pack("<24f", *[0.0] * 9, float("nan"), *[0.0] * 14))
     (saved / TENSOR).write_bytes(content)
-    import hashlib
-
     edit(saved, sha256=hashlib.sha256(content).hexdigest())
     with pytest.raises(PromptFormatError, match=r"1 of 3 soft tokens hold NaN or infinite numbers \(first: token 1\)"):
         load_prompt(saved)
@@ -244,17 +246,21 @@ def test_numbers_that_are_not_finite(saved: Path) -> None:
 
 def test_missing_parts(saved: Path, tmp_path: Path) -> None:
     (saved / TENSOR).rename(tmp_path / "elsewhere")
-    with pytest.raises(PromptFormatError, match=r"has softprompt.json but no adapter_model.safetensors: it is half-copied"):
+    with pytest.raises(
+        PromptFormatError, match=r"has softprompt.json but no adapter_model.safetensors: it is half-copied"
+    ):
         load_prompt(saved)
     (tmp_path / "elsewhere").rename(saved / TENSOR)
     for name in (DESCRIPTION, PEFT):
         (saved / name).unlink()
-    with pytest.raises(PromptFormatError, match=r"half-copied: it holds neither softprompt.json nor adapter_config.json"):
+    with pytest.raises(
+        PromptFormatError, match=r"half-copied: it holds neither softprompt.json nor adapter_config.json"
+    ):
         load_prompt(saved)
 
 
 def test_what_is_no_prompt_folder(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PromptFormatError, match="no prompt folder .*nowhere$"):
+    with pytest.raises(PromptFormatError, match=r"no prompt folder .*nowhere$"):
         load_prompt(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PromptFormatError, match="no prompt folder someone/adapter; an adapter on a hub"):
@@ -284,6 +290,45 @@ def test_stale_peft_file_is_told(saved: Path, tmp_path: Path) -> None:
     assert "describes an adapter of type None" in verify_prompt(saved)[0]
     (saved / PEFT).unlink()
     assert "is missing, so PEFT cannot load the prompt" in verify_prompt(saved)[0]
+
+
+@pytest.mark.parametrize("name", [DESCRIPTION, TENSOR, PEFT])
+def test_no_damage_makes_the_listing_fail(saved: Path, name: str) -> None:
+    whole, chance = (saved / name).read_bytes(), random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        (saved / name).write_bytes(damaged)
+        (summary,) = list_prompts(saved)
+        json.dumps(summary)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "x", [], {}, [[]], {"a": None}, True, None])
+def test_no_value_in_the_description_makes_the_listing_fail(saved: Path, value: Any) -> None:
+    described = json.loads((saved / DESCRIPTION).read_text())
+    for key in described:
+        edit(saved, **{**described, key: value})
+        list_prompts(saved)
+    for key in described["template"]:
+        edit(saved, **{**described, "template": {**described["template"], key: value}})
+        list_prompts(saved)
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(PromptFormatError):
+        load_prompt("x" * 5000)
+    with pytest.raises(OutputError, match="cannot write"):
+        make().save("x" * 5000)
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    with pytest.raises(PromptFormatError):
+        load_prompt(tmp_path / "itself")
+    with pytest.raises(OutputError, match="cannot write the prompt folder"):
+        make().save(tmp_path / "itself", overwrite=True)
+
+
+def test_half_characters_do_not_lose_a_prompt(tmp_path: Path) -> None:
+    assert load_prompt(make(provenance={"text": "a\ud800"}).save(tmp_path / "p")).provenance == {"text": "a?"}
 
 
 # A failed save loses nothing
@@ -399,6 +444,22 @@ def test_second_rename_fails(saved: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert os.listdir(saved.parent) == ["mood"]
 
 
+def test_interrupted_between_the_renames(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rename
+
+    def rename(source: Any, target: Any) -> None:
+        if str(source).endswith(".new"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            make(vectors=vectors(5)).save(saved, overwrite=True)
+    assert load_prompt(saved).tokens == 3
+    assert os.listdir(saved.parent) == ["mood"]
+
+
 def test_killed_between_the_renames(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.rename
 
@@ -415,7 +476,7 @@ def test_killed_between_the_renames(saved: Path, monkeypatch: pytest.MonkeyPatch
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert all(is_temporary(name) for name in os.listdir(saved.parent))
     assert list_prompts(saved.parent) == []
-    with pytest.raises(PromptFormatError, match="an interrupted save left its old version: rename (.*) to it") as told:
+    with pytest.raises(PromptFormatError, match=r"an interrupted save left its old version: rename (.*) to it") as told:
         load_prompt(saved)
     old = re.search("rename (.*) to it", str(told.value))
     assert old is not None
@@ -471,6 +532,7 @@ def test_listing(tmp_path: Path) -> None:
     (tmp_path / "lora" / PEFT).write_text('{"peft_type": "LORA"}')
     (tmp_path / ".mood.softprompt-0123abcd.old").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
 
     listed = {summary["name"]: summary for summary in list_prompts(tmp_path)}
     assert list(listed) == ["half", "mood", "more/behind", "more/broken"]

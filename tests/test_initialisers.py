@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from softprompt.templates import Template
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -23,7 +25,6 @@ from softprompt.initialisers import (
     instruction,
 )
 from softprompt.prompt import SoftPrompt
-from softprompt.templates import Template
 from softprompt.vocabulary import ordinary_tokens, text_ids
 
 H = 16
@@ -52,10 +53,64 @@ def tokenizer() -> Any:
         ),
     )
     inner.add_tokens([AddedToken("sentinel", normalized=False)])
-    from tokenizers.processors import TemplateProcessing
-
     inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+def sentencepiece_like() -> Any:
+    """Pieces with a dummy space before the text and single bytes, as Llama 2's."""
+    letters = sorted(set("".join(CORPUS)) - {" "})
+    words = sorted({"\u2581" + word for line in CORPUS for word in line.split()})
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "[unused1]",
+        *words,
+        "\u2581",
+        *letters,
+    ]
+    inner = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], 0, byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def wordpiece() -> Any:
+    """As BERT's: unused places first, pieces inside a word marked by ##."""
+    words = sorted({word.strip(".,").lower() for line in CORPUS for word in line.split()} - {"a"})
+    pieces = [
+        "[PAD]",
+        *(f"[unused{i}]" for i in range(20)),
+        "[UNK]",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "##ing",
+        "##a",
+        *words,
+    ]
+    inner = Tokenizer(models.WordPiece(dict(zip(pieces, range(len(pieces)))), unk_token="[UNK]"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.mark.parametrize("build", [sentencepiece_like, wordpiece])
+def test_other_kinds_of_tokenizer(build: Any) -> None:
+    tokenizer = build()
+    table = torch.randn(len(tokenizer), H, generator=generator(3))
+    pieces = tokenizer.convert_ids_to_tokens(ordinary_tokens(table, tokenizer, 5000))
+    assert any("good" in piece for piece in pieces)
+    assert not any(piece.startswith(("<", "[")) or len(piece.strip("\u2581#")) == 1 for piece in pieces)
+    for init in ("text", "labels", "vocabulary"):
+        assert torch.isfinite(start(init, table, tokenizer)[0]).all()
+
+
+def test_a_dummy_space_is_no_part_of_a_label() -> None:
+    tokenizer = sentencepiece_like()
+    table = torch.randn(len(tokenizer), H, generator=generator(3))
+    vectors, _ = from_labels([" positive"], table, tokenizer, 1, generator())
+    assert torch.equal(vectors[0], table[tokenizer.convert_tokens_to_ids("\u2581positive")])
 
 
 @pytest.fixture
@@ -79,9 +134,7 @@ def start(init: str, table: Tensor, tokenizer: Any, tokens: int = 20, **options:
 
 @pytest.mark.parametrize("init", ["text", "labels", "vocabulary", "random", "prompt"])
 @pytest.mark.parametrize("tokens", [1, 20, 300])
-def test_shape_finite_and_deterministic(
-    init: str, tokens: int, table: Tensor, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_shape_finite_and_deterministic(init: str, tokens: int, table: Tensor, tokenizer: Any, tmp_path: Path) -> None:
     if init == "prompt":
         init = f"prompt:{SoftPrompt(torch.ones(3, H)).save(tmp_path / 'p')}"
     vectors, said = start(init, table, tokenizer, tokens)
@@ -235,7 +288,7 @@ def test_another_prompt_of_another_width() -> None:
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        ("lables", "unknown initialiser 'lables', did you mean 'labels'? there are text, labels, vocabulary, random, prompt:PATH"),
+        ("lables", "unknown initialiser 'lables', did you mean 'labels'? there are text, labels, vocabulary, random"),
         ("Text", "did you mean 'text'?"),
         ("vocab", "did you mean 'vocabulary'?"),
         ("prompt:", "did you mean 'prompt:PATH'?"),

@@ -59,7 +59,7 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], stale: Iterable
     Other things that the old folder holds are carried over, except those named in `stale`.
     Raises OutputError (no space, not writable); the old folder is then still whole and in its place.
     """
-    target = Path(folder).resolve()  # a link to a folder stays a link: what it points to is replaced
+    target = Path(os.path.realpath(folder))  # a link to a folder stays a link: what it points to is replaced
     temporary = temporary_sibling(target, "new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +119,12 @@ def _swap(new: Path, target: Path) -> None:
         os.rename(new, target)
     else:
         old = temporary_sibling(target, "old")
-        os.rename(target, old)
         try:
+            os.rename(target, old)
             os.rename(new, target)
-        except OSError:
-            os.rename(old, target)
+        except BaseException:  # Ctrl-C too
+            if os.path.lexists(old) and not os.path.lexists(target):
+                os.rename(old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)
     _sync_folder(target.parent)

@@ -52,7 +52,9 @@ def description_bytes(prompt: SoftPrompt, sha256: str) -> bytes:
         "metrics": prompt.metrics,
     }
     assert set(description) == set(_KEYS)
-    return (json.dumps(plain(description), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(plain(description), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        errors="replace"
+    )
 
 
 def check_description(described: dict[str, Any], where: Path) -> None:
@@ -82,14 +84,13 @@ def check_description(described: dict[str, Any], where: Path) -> None:
 
 
 def read_template(described: dict[str, Any], where: Path) -> Template | None:
-    if described["template"] is None:
-        template, placement = None, "front"
-    else:
+    template, placement = None, "front"
+    if described["template"] is not None:
         try:
             template = Template.from_dict(described["template"])
-        except TemplateError as error:
+            placement = template.placement
+        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise PromptFormatError(f"{where} is damaged: its template does not hold: {error}") from error
-        placement = template.placement
     if described["placement"] != placement:
         raise PromptFormatError(
             f"{where} is damaged: it says that the soft tokens stand {described['placement']!r}, its template "

@@ -72,10 +72,10 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
         )
     if held and not overwrite:
         raise OutputError(f"{folder} already holds a prompt: choose another folder, or allow it to be overwritten")
-    above = folder.resolve().parent
-    while not above.exists():
+    above = Path(os.path.realpath(folder)).parent
+    while not os.path.lexists(above):
         above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write the prompt folder {folder}: {above} is not a folder that one may write to")
 
 
@@ -86,13 +86,20 @@ def load_prompt(folder: str | Path) -> SoftPrompt:
     another format version, of the wrong shape, not finite, pickled.
     """
     folder = Path(folder)
-    if folder.is_file():
+    try:
+        return _load(folder)
+    except OSError as error:
+        raise PromptFormatError(f"cannot read {folder}: {error.strerror or error}") from error
+
+
+def _load(folder: Path) -> SoftPrompt:
+    if os.path.isfile(folder):
         if folder.name.endswith(PICKLES):
             raise pickle_refusal(folder)
         raise PromptFormatError(f"{folder} is a file: name the folder of the prompt, not a file in it")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise _not_there(folder)
-    if (folder / PROMPT_FILE).is_file():
+    if os.path.isfile(folder / PROMPT_FILE):
         return _read_own(folder)
     adapter = find_adapter(folder)
     if adapter is not None:
@@ -113,9 +120,9 @@ def examine_prompt(folder: str | Path) -> tuple[SoftPrompt | None, list[str]]:
         warnings.simplefilter("always")
         try:
             prompt = load_prompt(folder)
-            if (folder / PROMPT_FILE).is_file():
+            if os.path.isfile(folder / PROMPT_FILE):
                 problems += _peft_problems(prompt, folder)
-        except (PromptFormatError, OSError) as error:
+        except PromptFormatError as error:
             problems.append(str(error))
     return prompt, [*problems, *(str(warning.message) for warning in caught)]
 
@@ -123,7 +130,7 @@ def examine_prompt(folder: str | Path) -> tuple[SoftPrompt | None, list[str]]:
 def is_prompt_folder(path: str | Path) -> bool:
     """True if `path` is a folder that says it holds a prompt, ours or PEFT's, be it whole or broken."""
     path = Path(path)
-    return (path / PROMPT_FILE).is_file() or adapter_type(path) in ("PROMPT_TUNING", "P_TUNING")
+    return os.path.isfile(path / PROMPT_FILE) or adapter_type(path) in ("PROMPT_TUNING", "P_TUNING")
 
 
 def is_at_front(template: Template | None) -> bool:
@@ -135,7 +142,7 @@ def _read_own(folder: Path) -> SoftPrompt:
     where = folder / PROMPT_FILE
     described = read_json(where)
     check_description(described, where)
-    if not (folder / TENSOR_FILE).is_file():
+    if not os.path.isfile(folder / TENSOR_FILE):
         raise PromptFormatError(f"{folder} has {PROMPT_FILE} but no {TENSOR_FILE}: it is half-copied, copy it again")
     data = read_bytes(folder / TENSOR_FILE)
     vectors = parse_tensor(data, folder / TENSOR_FILE)
@@ -164,8 +171,8 @@ def _peft_problems(prompt: SoftPrompt, folder: Path) -> list[str]:
     """What PEFT would read wrongly, or not at all, from a folder that we read well."""
     where = folder / CONFIG_FILE
     if not is_at_front(prompt.template):
-        return [f"{where} must not be there: PEFT would put the prompt at the front"] if where.exists() else []
-    if not where.exists():
+        return [f"{where} must not be there: PEFT would put the prompt at the front"] if os.path.exists(where) else []
+    if not os.path.exists(where):
         return [f"{where} is missing, so PEFT cannot load the prompt: save it again"]
     try:
         read_adapter(folder)

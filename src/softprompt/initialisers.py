@@ -97,6 +97,8 @@ def from_labels(
     means = []
     for word in words[:tokens]:
         ids = text_ids(word, table, tokenizer)
+        # Some tokenizers make the space before the word a token of its own, which says nothing about the class.
+        ids = [number for number in ids if tokenizer.decode([number]).strip()] or ids
         if not ids:
             raise ConfigError(
                 f"the label word {word!r} has no tokens with an embedding: start from 'text' or 'vocabulary'"

@@ -49,7 +49,7 @@ _KNOWN = {"PROMPT_TUNING": set(_PROMPT_TUNING), "P_TUNING": set(_COMMON) | _P_TU
 
 def adapter_type(folder: Path) -> str | None:
     """The `peft_type` of the adapter in `folder` itself; None if there is none, "" if it cannot be told."""
-    if not (folder / CONFIG_FILE).is_file():
+    if not os.path.isfile(folder / CONFIG_FILE):
         return None
     try:
         return str(read_json(folder / CONFIG_FILE).get("peft_type", ""))
@@ -60,13 +60,10 @@ def adapter_type(folder: Path) -> str | None:
 def find_adapter(folder: Path) -> Path | None:
     """The folder that holds the adapter: `folder`, or the one subfolder with one (PEFT puts adapters of another name
     than "default" there). None if there is none. Raises PromptFormatError when there are several to choose from."""
-    if (folder / CONFIG_FILE).is_file():
+    if os.path.isfile(folder / CONFIG_FILE):
         return folder
-    try:
-        inside = sorted(entry for entry in folder.iterdir() if (entry / CONFIG_FILE).is_file())
-    except OSError as error:
-        raise PromptFormatError(f"cannot read {folder}: {error.strerror or error}") from error
-    found = [entry for entry in inside if not (entry / PROMPT_FILE).exists()]  # ours has its own description
+    inside = sorted(entry for entry in folder.iterdir() if os.path.isfile(entry / CONFIG_FILE))
+    found = [entry for entry in inside if not os.path.isfile(entry / PROMPT_FILE)]  # ours has its own description
     if len(found) > 1:
         names = ", ".join(entry.name for entry in found[:8])
         raise PromptFormatError(f"{folder} holds {len(found)} adapters ({names}): name the folder of one of them")
@@ -81,7 +78,7 @@ def read_adapter(folder: Path) -> SoftPrompt:
     """
     config = read_json(folder / CONFIG_FILE)
     _check_config(config, folder / CONFIG_FILE)
-    if not (folder / TENSOR_FILE).is_file():
+    if not os.path.isfile(folder / TENSOR_FILE):
         raise _no_tensors(folder)
     vectors = parse_tensor(read_bytes(folder / TENSOR_FILE), folder / TENSOR_FILE)
     expected = [config["num_virtual_tokens"], config.get("token_dim") or vectors.shape[1]]

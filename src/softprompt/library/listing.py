@@ -38,7 +38,7 @@ def _prompt_folders(folder: Path, depth: int) -> Iterator[Path]:
     except OSError:
         return
     for entry in entries:
-        if entry.name.startswith(".") or is_temporary(entry.name) or not entry.is_dir():
+        if entry.name.startswith(".") or is_temporary(entry.name) or not os.path.isdir(entry):
             continue
         path = folder / entry.name
         if not entry.is_symlink():
@@ -49,12 +49,10 @@ def _prompt_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 def _looks_like_prompt(folder: Path) -> bool:
     """A prompt, or what was to be one. Adapters that are not made of soft tokens (LoRA) are none."""
-    if (folder / PROMPT_FILE).exists():
-        return True
     kind = adapter_type(folder)
-    return (
-        (folder / TENSOR_FILE).exists() if kind is None else kind == "" or kind.endswith(("TUNING", "CPT", "CARTRIDGE"))
-    )
+    if kind is None or os.path.lexists(folder / PROMPT_FILE):
+        return any(os.path.lexists(folder / name) for name in (PROMPT_FILE, TENSOR_FILE))
+    return kind == "" or kind.endswith(("TUNING", "CPT", "CARTRIDGE"))
 
 
 def _summary(path: Path, folder: Path) -> dict[str, Any]:
@@ -96,7 +94,7 @@ def _score(metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:
 def _modified(path: Path) -> str | None:
     for name in (PROMPT_FILE, TENSOR_FILE, CONFIG_FILE):
         try:
-            seconds = (path / name).stat().st_mtime
+            seconds = os.stat(path / name).st_mtime
         except OSError:
             continue
         return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
