@@ -272,6 +272,10 @@ def test_what_is_no_prompt_folder(tmp_path: Path, saved: Path, monkeypatch: pyte
     (tmp_path / "empty").mkdir()
     with pytest.raises(PromptFormatError, match="found nothing"):
         load_prompt(tmp_path / "empty")
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / "empty" / name).touch()
+    with pytest.raises(PromptFormatError, match=r"not a prompt folder: .*found config.json, pytorch_model.bin"):
+        load_prompt(tmp_path / "empty")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -279,6 +283,10 @@ def test_a_pipe_does_not_hang(saved: Path) -> None:
     (saved / TENSOR).unlink()
     os.mkfifo(saved / TENSOR)
     with pytest.raises(PromptFormatError):
+        load_prompt(saved)
+    (saved / DESCRIPTION).unlink()
+    os.mkfifo(saved / DESCRIPTION)
+    with pytest.raises(PromptFormatError, match=r"softprompt.json is not an ordinary file"):
         load_prompt(saved)
 
 

@@ -99,7 +99,7 @@ def _load(folder: Path) -> SoftPrompt:
         raise PromptFormatError(f"{folder} is a file: name the folder of the prompt, not a file in it")
     if not os.path.isdir(folder):
         raise _not_there(folder)
-    if os.path.isfile(folder / PROMPT_FILE):
+    if os.path.lexists(folder / PROMPT_FILE):  # whatever it is: never past it to PEFT's file, which has no checksum
         return _read_own(folder)
     adapter = find_adapter(folder)
     if adapter is not None:
@@ -185,7 +185,7 @@ def _no_prompt(folder: Path) -> PromptFormatError:
     """The error for a folder with neither our description nor PEFT's."""
     names = sorted(os.listdir(folder))
     pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles and TENSOR_FILE not in names:
+    if pickles and TENSOR_FILE not in names and "config.json" not in names:  # that one is in a model's folder
         return pickle_refusal(folder / pickles[0])
     prompts = [name for name in names if is_prompt_folder(folder / name)]
     if prompts:

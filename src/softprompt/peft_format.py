@@ -104,14 +104,8 @@ def adapter_config(prompt: SoftPrompt) -> dict[str, Any]:
     original = prompt.provenance.get("peft")
     if isinstance(original, dict) and _describes(original, prompt):
         kept = {key: value for key, value in original.items() if key in _KNOWN[original["peft_type"]]}
-        kept.pop("auto_mapping", None)
-        return {
-            **{"auto_mapping": None},
-            **kept,
-            "inference_mode": True,
-            "task_type": "CAUSAL_LM",
-            "peft_version": PEFT_VERSION,
-        }
+        fixed = {"auto_mapping": None, "inference_mode": True, "task_type": "CAUSAL_LM", "peft_version": PEFT_VERSION}
+        return {**kept, **fixed}
     shape = prompt.provenance.get("architecture")
     shape = shape if isinstance(shape, dict) else {}
     return {

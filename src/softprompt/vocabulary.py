@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -49,10 +50,12 @@ def usable_rows(table: Tensor) -> Tensor:
 
 
 def text_ids(text: str, table: Tensor, tokenizer: Any) -> list[int]:
+    """The token ids of `text` without special ones and without those whose row is missing, zero or not finite."""
     special = set(tokenizer.all_special_ids)
-    alive = usable_rows(table)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [number for number in ids if number not in special and number < len(alive) and alive[number]]
+    ids = [number for number in ids if number not in special and number < table.shape[0]]
+    norms = table[ids].float().norm(dim=1).tolist()
+    return [number for number, norm in zip(ids, norms) if 0 < norm < math.inf]
 
 
 def mean_and_spread(table: Tensor) -> tuple[Tensor, Tensor]:
