@@ -170,9 +170,7 @@ def make_encoder(
 ) -> Encoder:
     """An encoder for `tokens` soft tokens (0: the template as plain text), with worked examples before the text."""
     limit = min(max_tokens or backbone.context_length, backbone.context_length)
-    plain = template.without_soft()
-    shots = "".join(plain.render_context(row) + plain.render_target(row) + "\n\n" for row in worked)
-    return Encoder(template if tokens else plain, backbone.tokenizer, tokens, limit, shots)
+    return Encoder(template, backbone.tokenizer, tokens, limit, worked)
 
 
 def constant_length(encoder: Encoder, rows: Sequence[Row]) -> int:
