@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from softprompt.templates import Template
 
 from softprompt.atomic import is_temporary, write_atomic
 from softprompt.errors import OutputError, PromptFormatError
 from softprompt.fileformat import check_output, is_prompt_folder, load_prompt, verify_prompt
 from softprompt.library import list_prompts
 from softprompt.prompt import SoftPrompt
+from softprompt.templates import Template
 
 DESCRIPTION, TENSOR, PEFT = "softprompt.json", "adapter_model.safetensors", "adapter_config.json"
 
@@ -101,6 +101,27 @@ def test_texts_of_any_language(tmp_path: Path) -> None:
     template = Template.make(input="{soft}评论：{text}", target="{label}", labels=["差", "好"])
     back = load_prompt(make(template).save(tmp_path / "提示 1"))
     assert back.template == template
+
+
+def test_template_without_a_place_for_the_tokens(tmp_path: Path) -> None:
+    with pytest.raises(PromptFormatError, match="has no place for soft tokens"):
+        make(front_template().without_soft()).save(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("text", ["{bos}{soft}{text}", "a {soft}{text}", "{soft}{text}{soft}", "{text}"])
+def test_other_places(tmp_path: Path, text: str) -> None:
+    template = Template.make(input=text, target="{answer}")
+    folder = make(template).save(tmp_path / "p")
+    assert load_prompt(folder).template == template
+    assert (folder / PEFT).exists() == (text == "{text}")
+
+
+def test_chat(tmp_path: Path) -> None:
+    chat = Template.make(chat=[("system", "Be {{brief}}."), ("user", "{soft}{text}")], target="{answer}")
+    folder = make(chat).save(tmp_path / "p")
+    assert load_prompt(folder).template == chat
+    assert not (folder / PEFT).exists()
 
 
 def test_only_a_front_prompt_is_a_peft_adapter(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from softprompt.templates import Template
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -23,8 +22,10 @@ from softprompt.initialisers import (
     from_vocabulary,
     initialise,
     instruction,
+    label_texts,
 )
 from softprompt.prompt import SoftPrompt
+from softprompt.templates import Template
 from softprompt.vocabulary import ordinary_tokens, text_ids
 
 H = 16
@@ -206,6 +207,11 @@ def test_labels_are_means_over_their_tokens(table: Tensor, tokenizer: Any) -> No
     one, said = start("labels", table, tokenizer, 1)
     assert torch.equal(one[0], vectors[0])
     assert "the first 1 of 2" in said
+
+
+def test_label_words_as_they_stand_in_the_answer() -> None:
+    for target, first in ((" {label}", " a"), ("{label}", "a"), ("Mood: {label}.", " a"), ("It's a{label}", "a")):
+        assert label_texts(Template.make(input="{text}", target=target, labels=["a", "b"]))[0] == first
 
 
 def test_label_of_several_tokens(table: Tensor, tokenizer: Any) -> None:

@@ -89,7 +89,7 @@ def read_template(described: dict[str, Any], where: Path) -> Template | None:
         try:
             template = Template.from_dict(described["template"])
             placement = template.placement
-        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise PromptFormatError(f"{where} is damaged: its template does not hold: {error}") from error
     if described["placement"] != placement:
         raise PromptFormatError(

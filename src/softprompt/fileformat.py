@@ -47,9 +47,14 @@ def save_prompt(prompt: SoftPrompt, folder: str | Path, overwrite: bool = False)
 
     The folder appears, or is replaced, as a whole; what else it holds (a README) stays in it.
     Raises OutputError when it holds something that is not a prompt, or a prompt and `overwrite` is False, or when it
-    cannot be written (no space, no permission): an old prompt is then still there, whole.
+    cannot be written (no space, no permission): an old prompt is then still there, whole. Raises PromptFormatError when
+    the template has no place for soft tokens.
     """
     check_output(folder, overwrite)
+    if prompt.template is not None and prompt.template.soft_count == 0:
+        raise PromptFormatError(
+            "the prompt's template has no place for soft tokens: save it with the one it was tuned in"
+        )
     tensor = tensor_bytes(prompt.vectors)
     files = {TENSOR_FILE: tensor, PROMPT_FILE: description_bytes(prompt, hashlib.sha256(tensor).hexdigest())}
     if is_at_front(prompt.template):
@@ -135,7 +140,7 @@ def is_prompt_folder(path: str | Path) -> bool:
 
 def is_at_front(template: Template | None) -> bool:
     """True if all soft tokens stand before everything else, which is the only place that PEFT knows."""
-    return template is None or (template.placement == "front" and template.soft_count <= 1)
+    return template is None or template.placement == "front"
 
 
 def _read_own(folder: Path) -> SoftPrompt:

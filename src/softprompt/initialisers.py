@@ -166,7 +166,8 @@ def label_texts(template: Template | None) -> list[str]:
     """The label words as they stand in the answer, with the space before them if there is one. Raises ConfigError."""
     if template is None or not template.labels:
         raise ConfigError("init 'labels' needs a task with labels, this one has none: use 'text' or 'vocabulary'")
-    space = " " if template.target[:1].isspace() else ""
+    before = template.target.partition("{" + str(template.label_field))[0]
+    space = " " if before[-1:].isspace() else ""
     return [space + word for word in template.words]
 
 
