@@ -57,9 +57,9 @@ def test_resampled_confusions_are_those_of_resampled_rows() -> None:
     assert (guesses.sum(axis=1) == 200).all()
     assert not support[:, 3].any()
     ours = percentile_interval(macro_f1(hits, support, guesses))
-    rows = generator.integers(200, size=(1500, 200))
+    rows = generator.integers(200, size=(500, 200))
     plain = [f1_score(true[draw], predicted[draw], average="macro") for draw in rows]
-    assert ours == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), abs=0.015)
+    assert ours == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), abs=0.02)
 
 
 def test_a_thousand_resamples_are_quick() -> None:

@@ -21,6 +21,7 @@ from .history import Array, smooth, thin
 INK, RULE, FIRST, SECOND = "#010203", "#020304", "#030405", "#040506"
 VARIABLES = {INK: "var(--ink)", RULE: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)"}
 MOST_POINTS, MOST_COLUMNS = 1000, 300
+ENOUGH_TO_SMOOTH = 20
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a class may be called "$5"
@@ -79,6 +80,7 @@ def curve(
         for text, height in marks:
             axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=text)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
         if len(lines) + len(marks) > 1:
             axes.legend(loc="best", fontsize=9)
@@ -89,7 +91,7 @@ def curve(
 def _draw_line(axes: Any, line: Line, colour: str) -> None:
     steps, values = thin(line.steps, line.values, MOST_POINTS)
     few = len(steps) < 3  # a line of one point would not be seen
-    if line.noisy and len(steps) >= 20:
+    if line.noisy and len(steps) >= ENOUGH_TO_SMOOTH:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.4)
         values = smooth(values, max(5, len(steps) // 20))
     axes.plot(steps, values, color=colour, label=line.label, marker="o" if line.dots or few else None, markersize=5)
@@ -125,8 +127,11 @@ def token_map(
         _draw_spread(top, steps, values, reference, logarithmic)
         top.set_ylabel(label)
         image = _draw_cells(bottom, steps, values, logarithmic)
-        figure.colorbar(image, ax=bottom, pad=0.02, aspect=12, label=label).outline.set_visible(False)
+        bar = figure.colorbar(image, ax=bottom, pad=0.02, aspect=12, label=label, format="{x:g}")
+        bar.ax.yaxis.set_minor_formatter("")
+        bar.outline.set_visible(False)
         bottom.set_xlabel("step")
+        bottom.xaxis.get_major_locator().set_params(integer=True)
         bottom.set_ylabel("soft token")
 
     return Figure(_render(name, draw, (5.4, 4.6)), _map_in_words(label, values, reference), caption)
@@ -144,6 +149,8 @@ def _draw_spread(axes: Any, steps: Array, values: Array, reference: Any, logarit
     axes.plot(steps, np.nanmean(values, axis=1), color=FIRST, marker=marker, label="soft tokens")
     if logarithmic and (values > 0).any():
         axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter("{x:g}")  # the usual one writes powers as mathematics
+        axes.yaxis.set_minor_formatter("")
     if reference:
         axes.legend(loc="best", fontsize=9, ncols=2)
 

@@ -12,27 +12,33 @@ Scores = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is called and written. top: the value of a perfect score; None: there is none, and less is better."""
+    """How a metric is called and written. top: the value of a perfect score; None where there is no such value."""
 
     label: str
     meaning: str
     top: float | None = 1.0
     percent: bool = True
+    lower_is_better: bool = False
 
 
 METRICS = {
     "accuracy": Metric("accuracy", "share of the rows answered rightly"),
-    "balanced_accuracy": Metric("balanced accuracy", "mean over classes of the share found (recall): rare classes count"),
-    "macro_f1": Metric("macro-F1", "mean over classes of F1, the balance of finding a class and not claiming it wrongly"),
+    "balanced_accuracy": Metric(
+        "balanced accuracy", "mean over classes of the share found: rare classes count as much"
+    ),
+    "macro_f1": Metric("macro-F1", "mean over classes of F1: finding a class, and not claiming it wrongly"),
     "expected_calibration_error": Metric(
-        "expected calibration error", "mean gap between the stated probability and how often it was right; 0 is best", None
+        "expected calibration error",
+        "mean gap between the stated probability and the share that was right; 0 is best",
+        None,
     ),
     "exact_match": Metric("exact match", "share of the texts equal to a reference, but for spaces"),
     "token_f1": Metric("token F1", "words in common with the best reference, in any order"),
     "rouge_l": Metric("ROUGE-L", "words in common with the best reference, in the same order"),
     "chrf": Metric("chrF", "pieces of 1 to 6 characters in common, over all rows (sacrebleu, 0 to 100)", 100.0, False),
     "bleu": Metric("BLEU", "runs of 1 to 4 words in common, over all rows (sacrebleu, 0 to 100)", 100.0, False),
-    "bits_per_token": Metric("bits per token", "surprise at the reference text; less is better", None, False),
+    "bits_per_token": Metric("bits per token", "surprise at the reference text; less is better", None, False, True),
+    "loss": Metric("loss", "surprise at the reference text in nats; less is better", None, False, True),
 }
 UNKNOWN = "not known"
 
@@ -143,6 +149,14 @@ def comparison(scores: Scores, baselines: Sequence[Scores]) -> list[Entry]:
     ]
 
 
+def scale(entries: Sequence[Entry]) -> str:
+    """What the bars of the comparison reach from and to."""
+    if not entries:
+        return ""
+    width = entries[0].width
+    return "0 to 100 %" if metric_of(entries[0].metric).percent and width == 1 else f"0 to {width:.3g}"
+
+
 def verdicts(entries: Sequence[Entry]) -> list[str]:
     """One sentence on each comparison of the prompt with another line; only disjoint intervals are called clear."""
     if not entries or not entries[0].ours:
@@ -158,13 +172,14 @@ def _verdict(ours: Entry, other: Entry) -> str:
     low = other.score if other.low is None else other.low
     high = other.score if other.high is None else other.high
     above, below = ours.low > high, ours.high < low
-    if metric_of(ours.metric).top is None and ours.metric in METRICS:  # less is better
+    if metric_of(ours.metric).lower_is_better:
         above, below = below, above
-    if above:
-        return f"Clearly better than {name}: the intervals do not touch."
-    if below:
-        return f"Clearly worse than {name}: the intervals do not touch."
-    return f"Not clearly different from {name}: the intervals overlap, so more test rows would be needed to tell."
+    alone = other.low is None or other.high is None
+    if above or below:
+        why = "its score lies outside this prompt's interval" if alone else "the intervals do not touch"
+        return f"Clearly {'better' if above else 'worse'} than {name}: {why}."
+    why = "its score lies inside this prompt's interval" if alone else "the intervals overlap"
+    return f"Not clearly different from {name}: {why}; more test rows could tell."
 
 
 def score_table(scores: Scores) -> list[dict[str, str]]:
@@ -209,5 +224,8 @@ def notes(scores: Scores) -> list[str]:
     empty = [line["class"] for line in scores.get("per_class") or [] if not line.get("support")]
     if empty:
         names = ", ".join(f"\u201c{name}\u201d" for name in empty[:5]) + (", \u2026" if len(empty) > 5 else "")
-        found.append(f"No row of {len(empty)} of {len(counts)} classes was scored ({names}): nothing is known about them.")
+        found.append(
+            f"{len(empty)} of {len(counts)} classes have no rows here ({names}): nothing is known about them, and "
+            "macro-F1 counts those that were predicted nevertheless as 0."
+        )
     return found
