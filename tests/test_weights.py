@@ -257,6 +257,16 @@ def test_hub_that_does_not_have_it(monkeypatch, reply, message):
         weights.locate("owner/model")
 
 
+def test_hub_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weights, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: time.sleep(3))
+    begun = time.monotonic()
+    with pytest.raises(BackboneError, match="no answer within 0 seconds"):
+        weights.locate("owner/model")
+    assert time.monotonic() - begun < 2.5
+
+
 # --- GGUF -------------------------------------------------------------------------------------------------------
 
 

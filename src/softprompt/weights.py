@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +124,7 @@ def _from_hub(hub_id: str, tried: list[str], report: Report) -> Path | None:
         tried.append("the hub: not asked, because HF_HUB_OFFLINE is set")
         return None
     try:
-        info = HfApi().model_info(hub_id, timeout=HUB_SECONDS)
+        info = _within(2 * HUB_SECONDS, lambda: HfApi().model_info(hub_id, timeout=HUB_SECONDS))
         if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or ()):
             tried.append("the hub: it has this repository, but without safetensors weights")
             return None
@@ -134,6 +136,26 @@ def _from_hub(hub_id: str, tried: list[str], report: Report) -> Path | None:
         tried.append(f"the hub: {_why_not(error)}")
         return None
     return Path(folder)
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of `call`, or TimeoutError. A name server that does not answer keeps to no other time limit."""
+    results: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+    def work() -> None:
+        try:
+            results.put((call(), None))
+        except Exception as error:
+            results.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def _why_not(error: Exception) -> str:
