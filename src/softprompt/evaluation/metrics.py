@@ -35,7 +35,7 @@ class ClassificationScores:
     rows: int
     classes: tuple[str, ...]
     accuracy: float
-    interval: Interval | None
+    interval: Interval
     balanced_accuracy: float
     balanced_accuracy_interval: Interval | None
     macro_f1: float
@@ -71,11 +71,13 @@ def classification_scores(
     hits, support, guesses = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     drawn = resampled_confusions(confusion, seed=seed)
     rows, majority = len(true), int(support.argmax())
+    interval = wilson(int(hits.sum()), rows)
+    assert interval is not None  # there is at least one row
     return ClassificationScores(
         rows=rows,
         classes=tuple(classes),
         accuracy=int(hits.sum()) / rows,
-        interval=wilson(int(hits.sum()), rows),
+        interval=interval,
         balanced_accuracy=float(balanced_accuracy(hits, support)),
         balanced_accuracy_interval=percentile_interval(balanced_accuracy(drawn[0], drawn[1])),
         macro_f1=float(macro_f1(hits, support, guesses)),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .. import __version__
 from ..atomic import write_atomic
 from ..prompt import SoftPrompt
 from . import plots, sections
@@ -42,10 +43,10 @@ def write_report(
     """Write the report of a run as one self-contained HTML file and return its path.
 
     events: the lines of metrics.jsonl. table: the vocabulary's embeddings [V, H] after the model's own scaling.
-    initial: the vectors [P, H] before tuning. scores: ClassificationScores or TextScores as a dict. mistakes: {text,
-    true, predicted, probability}. examples: {text, predicted, references}. baselines: {name, score, low, high} in the
-    headline's metric. versions: by default those that the prompt's provenance tells. The same arguments give the same
-    bytes. Raises OutputError when the file cannot be written.
+    initial: the vectors [P, H] before tuning. scores: ClassificationScores or TextScores as a dict; its "split", if
+    there, names the rows that were scored. mistakes: {text, true, predicted, probability}. examples: {text, predicted,
+    references}. baselines: {name, score, low, high} in the headline's metric. versions: by default those that the
+    prompt's provenance tells. The same arguments give the same bytes. Raises OutputError when it cannot be written.
     """
     path = Path(path)
     words = sections.near_words(prompt, table, tokenizer, initial)
@@ -66,7 +67,7 @@ def write_report(
         "template": sections.template_texts(prompt),
         "config": sections.flat(config),
         "versions": sections.flat(told) if isinstance(told, Mapping) else [],
-        "writer": f"softprompt {_version('softprompt')}, Python {platform.python_version()}",
+        "writer": f"softprompt {__version__}, Python {platform.python_version()}",
     }
     page["missing"] = _missing(page, checks, bool(movement(prompt.vectors, initial)))
     page["contents"] = _contents(page)
@@ -104,13 +105,6 @@ def render(page: Mapping[str, Any]) -> str:
 def _seen(text: str) -> str:
     """A token's text with what cannot be seen made visible: spaces as an open box, control characters as escapes."""
     return plots.shorten(text.replace(" ", "\u2423"), 40)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _missing(page: Mapping[str, Any], checks: Sequence[Event], moved: bool) -> list[str]:

@@ -59,6 +59,7 @@ def result(scores: Mapping[str, Any] | None, baselines: Sequence[Mapping[str, An
         "value": summary.figure(metric, scores.get(metric)),
         "interval": summary.interval(metric, summary.interval_of(scores, metric)),
         "rows": f"{rows:,}" if isinstance(rows, int) else None,
+        "split": scores.get("split"),
         "entries": entries,
         "scale": summary.scale(entries),
         "verdicts": summary.verdicts(entries),
@@ -80,9 +81,10 @@ def warnings_of(events: Sequence[Event], scores: Mapping[str, Any] | None) -> li
 def curves(steps: Sequence[Event], checks: Sequence[Event], scores: Mapping[str, Any]) -> list[plots.Figure]:
     """Loss, validation score, learning rate and gradient norm over steps; those that were recorded."""
     name = str(next((event["metric"] for event in checks if event.get("metric")), "score"))
-    marks = []
-    if name == "accuracy" and summary.number(scores.get("majority_score")) is not None:
-        marks.append(("always the most frequent class (test rows)", float(scores["majority_score"])))
+    marks: list[tuple[str, float]] = []
+    majority = summary.number(scores.get("majority_score"))
+    if name == "accuracy" and majority is not None:
+        marks.append((f"always the most frequent class ({scores.get('split') or 'scored'} rows)", majority))
     smoothed = len(steps) >= plots.ENOUGH_TO_SMOOTH
     measured = plots.Line("validation", *series(checks, "score"), dots=True)
     label = summary.metric_of(name).label
@@ -94,12 +96,10 @@ def curves(steps: Sequence[Event], checks: Sequence[Event], scores: Mapping[str,
                 plots.Line("validation", *series(checks, "loss"), dots=True),
             ],
             "loss",
-            "How surprised the model is by the right answers (nats a token; lower is better)."
+            "How surprised the model is by the right answers (in nats; lower is better)."
             + (" The thin line is each step, the thick one its running mean." if smoothed else ""),
         ),
-        plots.curve(
-            "score", [measured], label, _score_caption(label, name, measured), marks if len(measured.steps) else ()
-        ),
+        plots.curve("score", [measured], label, _score_caption(label, name, measured), marks),
         plots.curve(
             "rate",
             [plots.Line("learning rate", *series(steps, "learning_rate"))],

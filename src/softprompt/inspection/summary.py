@@ -38,7 +38,7 @@ METRICS = {
     "chrf": Metric("chrF", "pieces of 1 to 6 characters in common, over all rows (sacrebleu, 0 to 100)", 100.0, False),
     "bleu": Metric("BLEU", "runs of 1 to 4 words in common, over all rows (sacrebleu, 0 to 100)", 100.0, False),
     "bits_per_token": Metric("bits per token", "surprise at the reference text; less is better", None, False, True),
-    "loss": Metric("loss", "surprise at the reference text in nats; less is better", None, False, True),
+    "loss": Metric("loss", "surprise at the right answer, in nats; less is better", None, False, True),
 }
 UNKNOWN = "not known"
 
