@@ -25,7 +25,7 @@ from transformers import (
     T5Config,
 )
 
-from softprompt import gguf_cache, weights
+from softprompt import gguf_cache, model_folder, weights
 from softprompt.errors import BackboneError
 
 SMOL = weights.ALIASES["smollm2-135m"]
@@ -321,7 +321,7 @@ def test_damaged_conversion_is_made_anew(tiny, gguf, monkeypatch):
     lines: list[str] = []
     assert weights.locate(str(gguf), lines.append).folder == folder
     assert "is damaged: the end of model.safetensors missing; making it anew" in lines[0]
-    assert not weights.missing_files(folder)
+    assert not model_folder.missing_files(folder)
 
 
 def _locate_in_process(path, tiny, seconds, cache, queue):
@@ -365,7 +365,7 @@ def test_killed_conversion_leaves_nothing_in_the_way(tiny, gguf, tmp_path, monke
     assert len(list(models_folder.glob(".some*.part-*"))) == 1
     monkeypatch.setattr(gguf_cache, "_write_model", fake_conversion(tiny))
     folder = weights.locate(str(gguf), lambda _: None).folder
-    assert not weights.missing_files(folder)
+    assert not model_folder.missing_files(folder)
     assert not list(models_folder.glob(".some*.part-*"))
 
 
@@ -380,12 +380,12 @@ def test_no_space_and_no_permission_say_what_to_do(tiny, gguf, tmp_path, monkeyp
 
 
 def test_cache_folder(monkeypatch, tmp_path):
-    assert weights.cache_folder() == tmp_path / "cache"
+    assert gguf_cache.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("SOFTPROMPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert weights.cache_folder() == Path("/elsewhere/softprompt")
+    assert gguf_cache.cache_folder() == Path("/elsewhere/softprompt")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert weights.cache_folder() == Path.home() / ".cache" / "softprompt"
+    assert gguf_cache.cache_folder() == Path.home() / ".cache" / "softprompt"
 
 
 def write_gguf(model: Path, path: Path) -> Path:

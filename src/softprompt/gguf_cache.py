@@ -7,13 +7,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import BackboneError
-from .weights import Report, cache_folder, check_model_folder, missing_files
+from .model_folder import check_model_folder, missing_files
+
+Report = Callable[[str], None]
 
 VERSION = 1  # of the way of converting: raised when the same file is to be converted anew
 BYTES_A_WEIGHT = 4  # float32
@@ -25,6 +27,13 @@ PROBES = (
     "Ünïcödé, 中文字符, العربية, русский, 👩‍👩‍👧 ½ № e\u0301",
     "<s>[INST] <|im_start|>user\nhi<|im_end|>\n<|endoftext|></s><bos><eos>",
 )
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $SOFTPROMPT_CACHE, else $XDG_CACHE_HOME/softprompt, else ~/.cache/softprompt."""
+    if own := os.environ.get("SOFTPROMPT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "softprompt"
 
 
 def convert_once(path: Path, base_model_id: str, report: Report) -> Path:
