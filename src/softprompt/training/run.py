@@ -63,13 +63,15 @@ def tune(
     resume: bool = False,
     listen: Listener | Sequence[Listener] = (),
     baselines: Callable[[], list[dict[str, Any]]] | None = None,
+    config_text: str | None = None,
     **settings: Any,
 ) -> TuneResult:
     """Tune a soft prompt for `task` on the frozen `backbone`.
 
     settings: fields of TuneConfig, as keywords (`tokens=20`), in place of or over `config`. run_folder: where the
     run's settings, log, checkpoints and report go; without one nothing is written. resume: go on from the run
-    folder's checkpoint; the result is bit for bit that of the undisturbed run. listen: called with each event.
+    folder's checkpoint; the result is bit for bit that of the undisturbed run. listen: called with each event. config_text:
+    the config.yaml that the run was started from, kept as it is in the run folder.
 
     Raises ConfigError (settings), DataError (rows), OutputError (folder), TrainingError (a loss that is not finite).
     """
@@ -81,7 +83,7 @@ def tune(
     encoder = _encoder(backbone, task, config)
     rows, cut = encode_rows(encoder, task.train)
     recorded = _record(backbone, task, config)
-    checkpoint = _prepare(folder, resume, recorded)
+    checkpoint = _prepare(folder, resume, recorded, config_text)
     initial, init_note = _initial(backbone, task, config, checkpoint)
     with _interruptible() as stop:
         monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
@@ -98,7 +100,8 @@ def tune(
         if checkpoint:
             trainer.restore(checkpoint)
         monitor.open(trainer.step if checkpoint else None)
-        monitor.add("start", trainer.step, steps=trainer.steps, rows=len(rows), cut_rows=cut, init=init_note)
+        if not checkpoint:
+            monitor.add("start", 0, steps=trainer.steps, rows=len(rows), cut_rows=cut, init=init_note)
         try:
             reason = trainer.run()
         finally:
@@ -180,7 +183,9 @@ def _record(backbone: Backbone, task: Task, config: TuneConfig) -> dict[str, Any
     }
 
 
-def _prepare(folder: Path | None, resume: bool, recorded: dict[str, Any]) -> Checkpoint | None:
+def _prepare(
+    folder: Path | None, resume: bool, recorded: dict[str, Any], config_text: str | None
+) -> Checkpoint | None:
     """Make the run folder ready, or check that the one there can be resumed. All that can fail early fails here."""
     if folder is None:
         if resume:
@@ -202,7 +207,8 @@ def _prepare(folder: Path | None, resume: bool, recorded: dict[str, Any]) -> Che
             )
         saved.write_text(json.dumps(recorded, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
         (folder / "config.yaml").write_text(
-            yaml.safe_dump(json.loads(saved.read_text(encoding="utf-8")), sort_keys=False, allow_unicode=True),
+            config_text
+            or yaml.safe_dump(json.loads(saved.read_text(encoding="utf-8")), sort_keys=False, allow_unicode=True),
             encoding="utf-8",
         )
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2), encoding="utf-8")

@@ -1,0 +1,134 @@
+"""Progress of a run and of an evaluation: a live bar on a terminal, else a plain line every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .output import Output, duration
+
+PLAIN_SECONDS = 5.0  # between lines where there is no terminal
+
+
+class TuneProgress:
+    """Listens to a run's events (see training/monitor.py) and shows them. Use as a context.
+
+    resumed: the steps of the whole run that is gone on with, 0 for a new one.
+    """
+
+    def __init__(self, out: Output, resumed: int = 0):
+        self.out, self.resumed = out, resumed
+        self.steps, self.first, self.begun, self.told = 0, 0, 0.0, 0.0
+        self.best: float | None = None
+        self.latest: dict[str, Any] = {}
+        self.rate = 0.0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> TuneProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_start(self, event: dict[str, Any]) -> None:
+        self.out.note(f"soft prompt from {event['init']}")
+        if event["cut_rows"]:
+            self.out.warn(f"{event['cut_rows']:,} of {event['rows']:,} training rows were cut to fit; see max_tokens")
+        self.out.note(f"{event['steps']:,} steps over {event['rows']:,} rows")
+        self.begin(event["steps"], 0)
+
+    def begin(self, steps: int, first: int) -> None:
+        """Show progress over `steps`, of which `first` are done."""
+        self.steps, self.first = steps, first
+        self.begun = self.told = time.monotonic()
+        if self.out.live:
+            self._bar = _bar(self.out)
+            self._task = self._bar.add_task("tuning", total=steps, completed=first, told="")
+            self._bar.start()
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        if not self.latest and self.resumed:  # a resumed run tells its start no second time
+            self.out.note(f"going on at step {event['step'] - 1} of {self.resumed}")
+            self.begin(self.resumed, event["step"] - 1)
+        self.latest = event
+        speed = event["examples_per_second"]
+        self.rate = speed if not self.rate else 0.9 * self.rate + 0.1 * speed
+        if self._bar is not None:
+            self._bar.update(self._task, completed=event["step"], told=self.words())
+        elif not self.out.quiet and time.monotonic() - self.told >= PLAIN_SECONDS:
+            self._tell()
+
+    def _on_validation(self, event: dict[str, Any]) -> None:
+        score = event["score"]
+        self.best = score if self.best is None else max(self.best, score)
+        shown = f"validation {event['metric']} {score:.3f}, loss {event['loss']:.3f}"
+        self.out.note(f"step {event['step']}/{self.steps}: {shown}")
+
+    def _on_warning(self, event: dict[str, Any]) -> None:
+        self.out.warn(f"step {event['step']}: {event['text']}")
+
+    def _on_end(self, event: dict[str, Any]) -> None:
+        if self._bar is None and not self.out.quiet and self.latest:
+            self._tell()
+        self.__exit__()
+
+    def _tell(self) -> None:
+        self.told = time.monotonic()
+        self.out.note(f"step {self.latest['step']}/{self.steps}: {self.words()}")
+
+    def words(self) -> str:
+        """loss, best validation score, learning rate, examples a second, time left."""
+        latest = self.latest
+        parts = [f"loss {latest['loss']:.3f}"]
+        if self.best is not None:
+            parts.append(f"best validation {self.best:.3f}")
+        parts += [f"learning rate {latest['learning_rate']:.2g}", f"{self.rate:.1f} examples/s"]
+        return ", ".join([*parts, f"{duration(self.seconds_left())} left"])
+
+    def seconds_left(self) -> float:
+        """By the time that the steps of this session took, validations included."""
+        done = self.latest["step"] - self.first
+        return (time.monotonic() - self.begun) / max(1, done) * (self.steps - self.latest["step"])
+
+
+def _bar(out: Output) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+    )
+    # Notes and warnings printed while the bar is live go above it.
+    return Progress(*columns, console=out.notes, redirect_stdout=False, redirect_stderr=True, refresh_per_second=4)
+
+
+@contextmanager
+def counting(out: Output, what: str) -> Iterator[Any]:
+    """A callback (rows done, rows in all) that shows how far an evaluation is."""
+    told = time.monotonic()
+    if not out.live:
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if not out.quiet and time.monotonic() - told >= PLAIN_SECONDS:
+                told = time.monotonic()
+                out.note(f"{what}: {done:,} of {total:,} rows")
+
+        yield tell
+        return
+    with _bar(out) as bar:
+        task = bar.add_task(what, total=None, told="rows")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+        bar.remove_task(task)

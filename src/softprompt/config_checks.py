@@ -1,0 +1,164 @@
+"""What can be wrong with a config beyond single values: files, template, columns, folders. No torch, no model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, OutputError, TemplateError
+from .tables import read_table
+from .templates import Template
+
+INITIALISERS = ("text", "labels", "vocabulary", "random")
+CHEAP_BYTES = 32 << 20  # a table up to this size is read to check its columns
+Values = Mapping[str, Any]
+
+
+def find_problems(values: Values, run_given: bool) -> list[str]:
+    """One line for each mistake. values: every field of RunConfig that is sound by itself; the others are missing."""
+    template, problems = _template(values)
+    for check in (_model, _files, _initialiser, _lengths, _extras):
+        problems += check(values)
+    problems += _columns(values, template)
+    problems += _prompt_folder(values)
+    if values.get("resume") is None and run_given:
+        problems += _run_folder(values)
+    return problems
+
+
+def _template(values: Values) -> tuple[Template | None, list[str]]:
+    if values.get("input") is None and values.get("chat") is None:
+        return None, ["input: missing; give the text that the model reads, as '{soft}Review: {text}', or chat turns"]
+    if values.get("target") is None:
+        return None, []  # told already
+    try:
+        template = Template.make(values.get("input"), values["target"], values.get("chat"), values.get("labels"))
+        _ = template.placement  # parses everything, which finds chat turns without {soft}
+    except TemplateError as error:
+        return None, [f"template: {error}"]
+    return template, []
+
+
+def _model(values: Values) -> Iterator[str]:
+    model = values.get("model")
+    if (
+        model
+        and (model.endswith(".gguf") or model.startswith((".", "/", "~")))
+        and not Path(model).expanduser().exists()
+    ):
+        yield f"model: no file or folder {model}"
+    device = values.get("device")
+    if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        yield f"device: expected cpu, cuda, cuda:NUMBER or mps, found '{device}'"
+
+
+def _files(values: Values) -> Iterator[str]:
+    for key in ("train", "validation", "test"):
+        source = values.get(key)
+        if source is None or Path(source).exists() or values.get("format") == "hub":
+            continue
+        if Path(source).suffix or source.startswith((".", "/", "~")):
+            yield f"{key}: no file {source}{_near(Path(source))}"
+
+
+def _near(path: Path) -> str:
+    """A hint at a file of a similar name."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder} either"
+    near = get_close_matches(path.name, os.listdir(folder), n=1)
+    return f"; did you mean {folder / near[0]}?" if near else ""
+
+
+def _columns(values: Values, template: Template | None) -> Iterator[str]:
+    """Columns that the template and the settings need and a file does not have, for tables that are read quickly."""
+    needed: dict[str, str] = {}
+    if template is not None:
+        needed |= dict.fromkeys((*template.fields, *template.target_fields), "the template")
+    needed |= {values[key]: key for key in ("group_by", "references") if values.get(key)}
+    for key in ("train", "validation", "test"):
+        columns = _cheap_columns(values.get(key), values.get("format"))
+        wanted = {name: by for name, by in needed.items() if key == "train" or by != "group_by"}
+        for name, by in wanted.items() if columns else ():
+            if name not in columns:
+                near = get_close_matches(name, columns, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                yield f"{key}: no column '{name}' (for {by}) in {values[key]}; it has {', '.join(columns)}{hint}"
+
+
+def _cheap_columns(source: str | None, kind: str | None) -> list[str]:
+    """The columns of a table; none if it is large, elsewhere or broken, which is told when it is read in earnest."""
+    if source is None or not Path(source).is_file() or Path(source).stat().st_size > CHEAP_BYTES:
+        return []
+    try:
+        return [str(name) for name in read_table(source, kind)[0]]
+    except DataError:
+        return []
+
+
+def _initialiser(values: Values) -> Iterator[str]:
+    init = values.get("init") or "text"
+    kind, _, path = init.partition(":")
+    if kind == "prompt":
+        if not path:
+            yield "init: 'prompt:' needs the folder of a prompt, as prompt:prompts/sentiment"
+        elif not Path(path).is_dir():
+            yield f"init: no prompt folder {path}"
+    elif init not in INITIALISERS:
+        near = get_close_matches(init, INITIALISERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"init: unknown initialiser '{init}'; expected {', '.join(INITIALISERS)} or prompt:PATH{hint}"
+    if values.get("init_text") is not None and init != "text":
+        yield f"init_text: is only used with init=text, found init={init}"
+    if init == "labels" and values.get("labels") is None:
+        yield "init: labels needs labels; a task of free text has none"
+
+
+def _lengths(values: Values) -> Iterator[str]:
+    tokens, longest = values.get("tokens"), values.get("max_tokens")
+    if tokens and longest and tokens >= longest:
+        yield f"tokens: {tokens} soft tokens leave no room for text in max_tokens={longest}"
+
+
+def _extras(values: Values) -> Iterator[str]:
+    if values.get("tensorboard") and find_spec("tensorboard") is None:
+        yield "tensorboard: not installed; pip install tensorboard, or leave it off"
+
+
+def _prompt_folder(values: Values) -> Iterator[str]:
+    folder = Path(values["out"])
+    if folder.is_dir() and any(folder.iterdir()):
+        from .fileformat import check_output  # loads torch, so only where there is something to look at
+
+        try:
+            check_output(folder, bool(values.get("overwrite")))
+        except OutputError as error:
+            hint = " (--overwrite)" if "overwritten" in str(error) else ""
+            yield f"out: {error}{hint}"
+    elif reason := _why_not_writable(folder):
+        yield f"out: {reason}"
+
+
+def _run_folder(values: Values) -> Iterator[str]:
+    folder = Path(values["run"])
+    if folder.is_dir() and (folder / "run.json").exists():
+        yield f"run: {folder} holds a run already; go on with it (--resume {folder}) or choose another run folder"
+    elif folder.is_dir() and any(folder.iterdir()):
+        yield f"run: {folder} holds something that is not a run; choose another run folder"
+    elif reason := _why_not_writable(folder):
+        yield f"run: {reason}"
+
+
+def _why_not_writable(folder: Path) -> str:
+    """Why a folder cannot be made or written, or ''."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        return f"{folder} is a file; choose another folder"
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        return f"cannot make {folder}: {above} is a file"
+    return "" if os.access(above, os.W_OK | os.X_OK) else f"cannot write to {above}; choose another folder"
