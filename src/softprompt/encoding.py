@@ -7,17 +7,19 @@ seam in use. Soft token i is the id -(i + 1) (see placement.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .errors import TemplateError
+from .errors import DataError, TemplateError
+from .markup import as_text
 from .placement import Row
-from .templates import Piece, Template, render
+from .rendering import Fields, Renderer
+from .templates import Template
+from .tokenising import PieceTokenizer
 
 Ids = tuple[int, ...]
-Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Encoder:
     """A template bound to a tokenizer and a number of soft tokens.
 
     tokens: P; 0 for the template as plain text. max_tokens: longest row, soft tokens and answer included. shots: rows
-    of worked examples put before the text (in a chat: as turns of their own). end: tokens that end an answer.
-    Raises TemplateError where the template does not fit the tokenizer or the length.
+    of worked examples that stand before the text, behind what is at its front (in a chat: as turns of their own).
+    Raises TemplateError where the template does not fit the tokenizer or the number of soft tokens.
     """
 
     def __init__(
@@ -44,267 +46,144 @@ class Encoder:
         max_tokens: int | None = None,
         shots: Sequence[Fields] = (),
     ):
-        if bool(tokens) != template.soft:
-            template = template if tokens else template.without_soft()
-        if tokens and tokens < template.soft_count:
-            raise TemplateError(f"{{soft}} stands in {template.soft_count} places, but there are only {tokens} soft tokens")
-        self.template, self.tokenizer, self.tokens = template, tokenizer, tokens
-        self.max_tokens, self.shots = max_tokens, tuple(shots)
-        if template.chat is not None and not getattr(tokenizer, "chat_template", None):
-            raise TemplateError("this model's tokenizer has no chat template; write the turns out in `input`")
-        # Text that the tokenizer would read as a special token is only that where the template says so.
-        specials = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
-        self._answers: list[Ids] | None = None
+        self.template = template if tokens else template.without_soft()
+        if tokens < self.template.soft_count or (tokens and not template.soft):
+            raise TemplateError(
+                f"{tokens} soft tokens do not go into a template with {template.soft_count} places for them"
+            )
+        self.tokenizer, self.tokens, self.max_tokens = tokenizer, tokens, max_tokens
+        self.pieces = PieceTokenizer(tokenizer)
+        self.renderer = Renderer(self.template, tokenizer, shots)
 
-    # --- the public part ----------------------------------------------------------------------------------------
+    def context(self, fields: Fields, room: int | None = None) -> Context:
+        """What the model reads for these fields, cut so that `room` tokens of an answer fit behind it.
 
-    def context(self, fields: Fields) -> Context:
-        """What the model reads for these fields, leaving room for the longest answer known. Raises TemplateError."""
-        room = max((len(a) for a in self.answers()), default=0) if self.template.labels else 0
-        return self._fit(dict(fields), room)
+        room: without it the longest label's tokens, and none for free text. Raises DataError (a missing column) and
+        TemplateError (template, soft tokens and answer alone do not fit into max_tokens).
+        """
+        return self._fit(fields, self._label_room if room is None else room)
 
     def answer(self, fields: Fields) -> Ids:
-        """The target's tokens as they continue the context, with the end where it is scored."""
-        if self.template.labels is not None:
-            return self.answers()[self._class_index(fields)]
-        return self._answer_ids(self.template.render_target(fields)) + self.end
+        """The target's tokens as they continue the context, with the end where it is scored. Raises DataError."""
+        template = self.template
+        if template.label_field is None:
+            return self._answer_ids(fields) + self.end
+        template.render_target(fields)  # raises if the label is not known
+        return self._answers[template.classes.index(as_text(fields[template.label_field]))]
 
     def answers(self) -> list[Ids]:
-        """The answer's tokens for each class, in the template's order; [] for free text."""
-        if self._answers is None:
-            label = self.template.label_field
-            texts = [self.template.render_target({label: name}) for name in self.template.classes] if label else []
-            found = [self._answer_ids(text) for text in texts]
-            if any(a != b and b[: len(a)] == a for a in found for b in found):
-                found = [ids + self.end for ids in found]  # else one label's words would begin another's
-            self._answers = found
-            if len(set(found)) < len(found):
-                raise TemplateError("two label words are the same tokens for this tokenizer; choose other words")
-        return self._answers
+        """The answer's tokens for each class, in the template's order; [] for free text. Raises TemplateError."""
+        return list(self._answers)
 
     def row(self, fields: Fields) -> tuple[Row, int]:
-        """Context and answer as one row, and how many tokens were cut to make it fit."""
+        """Context and answer as one row, and how many tokens were cut to make it fit. Raises as `context`."""
         answer = self.answer(fields)
-        context = self._fit(dict(fields), len(answer))
+        context = self._fit(fields, self._label_room or len(answer))
         return Row(context.ids + answer, len(context.ids)), context.cut
 
     @cached_property
     def end(self) -> Ids:
-        """The tokens with which an answer ends: the chat turn's own end, or EOS; () if the tokenizer has neither."""
-        eos = self.tokenizer.eos_token_id
-        plain = () if eos is None else (int(eos),)
-        if self.template.chat is None:
-            return plain
-        marks = _marks([])
-        turns = [*self._messages({name: "x" for name in self.template.fields}, marks, ())]
-        said = self._render([*turns, {"role": "assistant", "content": marks[0]}], generate=False)
-        tail = said[said.rindex(marks[0]) + 1 :] if marks[0] in said else ""
-        ids = self._tokenize(tail, first=False) if tail else []
-        stop = next((i for i, token in enumerate(ids) if token in set(self.tokenizer.all_special_ids)), None)
-        return plain if stop is None else tuple(ids[: stop + 1])
+        """The tokens with which an answer ends: in a chat as its template ends a turn, else EOS; () if there is none.
 
-    # --- fitting ------------------------------------------------------------------------------------------------
-
-    def _fit(self, fields: dict[str, Any], room: int) -> Context:
-        ids = self._encode(fields)
-        if self.max_tokens is None or len(ids) + room <= self.max_tokens:
-            return Context(ids)
-        before = len(ids)
-        while len(ids) + room > self.max_tokens:
-            if not self._shorten(fields, len(ids) + room - self.max_tokens):
-                raise TemplateError(
-                    f"template, soft tokens and answer alone take {len(ids) + room} tokens, only {self.max_tokens} fit; "
-                    "use fewer soft tokens, a shorter template, or a larger max_tokens"
-                )
-            ids = self._encode(fields)
-        return Context(ids, before - len(ids))
-
-    def _shorten(self, fields: dict[str, Any], excess: int) -> bool:
-        """Take about `excess` tokens from the end of the longest field; False if there is nothing left to take."""
-        sizes = {name: len(self._plain(str(fields[name]))) for name in self.template.fields}
-        name = max(sizes, key=lambda key: sizes[key], default=None)
-        if name is None or sizes[name] == 0:
-            return False
-        text, keep = str(fields[name]), max(0, sizes[name] - excess)
-        shorter = text[: self._end_of_token(text, keep, sizes[name])]
-        fields[name] = shorter if len(shorter) < len(text) else text[:-1]
-        return True
-
-    def _end_of_token(self, text: str, keep: int, size: int) -> int:
-        """Index in `text` behind its first `keep` tokens."""
-        if keep == 0:
-            return 0
-        if getattr(self.tokenizer, "is_fast", False):
-            given = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            return int(given["offset_mapping"][keep - 1][1])
-        return len(text) * keep // size
-
-    # --- rendering ----------------------------------------------------------------------------------------------
-
-    def _encode(self, fields: Fields) -> Ids:
-        """Ids of the whole context, soft tokens numbered in order of appearance."""
-        worked = (str(value) for shot in self.shots for value in shot.values())
-        marks = _marks([repr(self.template), *map(str, fields.values()), *worked])
+        The last of them is the one that ends generation.
+        """
         if self.template.chat is not None:
-            text = self._render(self._messages(fields, marks, self.shots), generate=True)
-            lead: list[int] = []
-        else:
-            text, lead = self._input_text(fields, marks)
-        ids: list[int] = []
-        parts = text.split(marks[0])
-        shares = divide(self.tokens, len(parts) - 1)
-        given = 0
-        read = False  # whether any text has been read
-        for number, part in enumerate(parts):
-            if part:
-                ids.extend([] if read else lead)
-                ids.extend(self._tokenize(part, first=not read, guard=marks[1]))
-                read = True
-            if number < len(shares):
-                if number == 0 and not read and self._bos_first:
-                    ids.extend(lead)
-                    lead = []
-                ids.extend(-(i + 1) for i in range(given, given + shares[number]))
-                given += shares[number]
-        if not read and lead:
-            ids.extend(lead)
+            ids = self.pieces.ids(self.renderer.end_of_turn())
+            stop = next((i for i, token in enumerate(ids) if token in self.pieces.control), None)
+            if stop is not None:
+                return tuple(ids[: stop + 1])
+        eos = self.tokenizer.eos_token_id
+        return () if eos is None else (int(eos),)
+
+    # --- the parts of a row -------------------------------------------------------------------------------------
+
+    @cached_property
+    def _answers(self) -> list[Ids]:
+        label = self.template.label_field
+        found = [self._answer_ids({label: name}) for name in self.template.classes] if label is not None else []
+        if any(a != b and b[: len(a)] == a for a in found for b in found):
+            found = [ids + self.end for ids in found]  # else one label could not be told from another one's beginning
+        twice = next((i for i, ids in enumerate(found) if ids in found[:i]), None)
+        if twice is not None:
+            words = self.template.words[found.index(found[twice])], self.template.words[twice]
+            raise TemplateError(f"label words {words[0]!r} and {words[1]!r} are the same tokens here; choose others")
+        return found
+
+    @cached_property
+    def _label_room(self) -> int:
+        return max(map(len, self._answers), default=0)
+
+    def _answer_ids(self, fields: Fields) -> Ids:
+        marks = self.renderer.marks(fields)
+        ids = tuple(self.pieces.ids(*marks.remove(self.renderer.answer(fields, marks))))
         if not ids:
-            raise TemplateError("a row's context is empty; the model needs at least one token to continue")
+            raise DataError(f"the answer {self.template.render_target(fields)!r} has no tokens; it must not be empty")
+        return ids
+
+    def _context_ids(self, fields: Fields) -> Ids:
+        """Ids of the whole context, soft tokens numbered in order of appearance."""
+        marks = self.renderer.marks(fields)
+        places = divide(self.tokens, self.template.soft_count)
+        ids: list[int] = []
+        given, read = 0, False
+        for part in re.split(f"([{marks.soft}{marks.lead}])", self.renderer.context(fields, marks)):
+            if part == marks.soft:
+                size = places.pop(0)
+                ids += range(-given - 1, -given - size - 1, -1)
+                given += size
+            elif part == marks.lead:
+                ids += self._lead
+            elif part:
+                ids += self.pieces.ids(*marks.remove(part), first=not read)
+                read = True
+        if not ids:
+            raise DataError("a row's context is empty; the model needs at least one token to continue")
         return tuple(ids)
 
     @cached_property
-    def _bos_first(self) -> bool:
-        """Whether the template itself puts BOS before its first soft tokens."""
-        pieces = [p for turn in self.template.turns for p in turn]
-        return bool(pieces) and pieces[0].kind == "bos"
-
-    @cached_property
     def _lead(self) -> list[int]:
-        """Special tokens that stand before the first text: {bos} where the template says so, else the tokenizer's own."""
-        if any(p.kind == "bos" for turn in self.template.turns for p in turn):
-            bos = self.tokenizer.bos_token_id
-            if bos is None:
-                raise TemplateError("the template has {bos}, but this model's tokenizer has no BOS token; leave it out")
-            return [int(bos)]
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self.tokenizer("a")["input_ids"]
-        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-        return [int(token) for token in full[:at]]
+        """Special tokens before the first text: BOS where the template says so, else what the tokenizer puts there."""
+        if not any(p.kind == "bos" for p in self.template.pieces):
+            return self.pieces.lead
+        if self.tokenizer.bos_token_id is None:
+            raise TemplateError("the template has {bos}, but this model's tokenizer has no BOS token; leave it out")
+        return [int(self.tokenizer.bos_token_id)]
 
-    def _input_text(self, fields: Fields, marks: tuple[str, str]) -> tuple[str, list[int]]:
-        pieces = list(self.template.turns[0])
-        place = next((i for i, p in enumerate(pieces) if p.kind in ("text", "field")), len(pieces))
-        text = ""
-        for number, piece in enumerate(pieces):
-            if number == place:
-                text += "".join(self._worked(shot, marks) for shot in self.shots)
-            text += self._text_of(piece, fields, marks)
-        return text, self._lead
+    # --- fitting ------------------------------------------------------------------------------------------------
 
-    def _worked(self, shot: Fields, marks: tuple[str, str]) -> str:
-        plain = self.template.without_soft()
-        context = "".join(self._text_of(p, shot, marks) for p in plain.turns[0])
-        return context + self._guarded(plain.render_target(shot), marks) + "\n\n"
+    def _fit(self, fields: Fields, room: int) -> Context:
+        ids = self._context_ids(fields)
+        if self.max_tokens is None or len(ids) + room <= self.max_tokens:
+            return Context(ids)
+        before, kept = len(ids), dict(fields)
+        while len(ids) + room > self.max_tokens:
+            if not self._shorten(kept, len(ids) + room - self.max_tokens):
+                raise TemplateError(
+                    f"{len(ids)} tokens of template and soft tokens and {room} of the answer do not fit into "
+                    f"{self.max_tokens} without any field; use fewer soft tokens, less text, or a larger max_tokens"
+                )
+            ids = self._context_ids(kept)
+        return Context(ids, max(1, before - len(ids)))
 
-    def _messages(self, fields: Fields, marks: tuple[str, str], shots: Sequence[Fields]) -> list[dict[str, str]]:
-        chat = self.template.chat or ()
-        roles = [role for role, _ in chat]
-        said = ["".join(self._text_of(p, fields, marks) for p in turn) for turn in self.template.turns]
-        turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-        plain = self.template.without_soft()
-        head = 1 if roles[0] == "system" else 0
-        worked: list[dict[str, str]] = []
-        for shot in shots:
-            for role, turn in zip(roles[head:], plain.turns[head:], strict=True):
-                worked.append({"role": role, "content": "".join(self._text_of(p, shot, marks) for p in turn)})
-            worked.append({"role": "assistant", "content": self._guarded(plain.render_target(shot), marks)})
-        return turns[:head] + worked + turns[head:]
+    def _shorten(self, fields: dict[str, Any], excess: int) -> bool:
+        """Take about `excess` tokens from the end of the longest field; False if there is nothing left to take."""
+        texts = {name: as_text(fields[name]) for name in self.template.fields}
+        sizes = {name: self._size(text) for name, text in texts.items() if text}
+        if not sizes:
+            return False
+        name = max(sizes, key=lambda key: sizes[key])
+        low, high = 0, len(texts[name]) - 1  # the most characters, though not all, that have so few tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._size(texts[name][:middle]) <= sizes[name] - excess
+            low, high = (middle, high) if fits else (low, middle - 1)
+        fields[name] = texts[name][:low]
+        return True
 
-    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        except Exception as error:  # jinja errors of the model's own template
-            raise TemplateError(f"the model's chat template refuses these turns: {error}") from error
-        return text
-
-    def _text_of(self, piece: Piece, fields: Fields, marks: tuple[str, str]) -> str:
-        if piece.kind == "soft":
-            return marks[0]
-        text = render(piece, fields)
-        return self._guarded(text, marks) if piece.kind == "field" else text
-
-    def _guarded(self, value: str, marks: tuple[str, str]) -> str:
-        """A value in which the text of special tokens is broken by a mark, so that data cannot inject them."""
-        if self._special is None or not self._special.search(value):
-            return value
-        return self._special.sub(lambda found: found[0][0] + marks[1] + found[0][1:], value)
-
-    # --- tokenising ---------------------------------------------------------------------------------------------
-
-    def _answer_ids(self, text: str) -> Ids:
-        marks = _marks([text])
-        ids = tuple(self._tokenize(self._guarded(text, marks), first=False, guard=marks[1]))
-        if not ids:
-            raise TemplateError(f"the answer {text!r} has no tokens; it must not be empty")
-        return ids
-
-    def _tokenize(self, text: str, *, first: bool, guard: str | None = None) -> list[int]:
-        """Ids of a piece of text without special tokens around it; `first`: nothing was read before it."""
-        if guard is not None and guard in text:
-            return self._tokenize_guarded(text, guard, first)
-        return self._plain(text) if first else self._continuation(text)
-
-    def _tokenize_guarded(self, text: str, guard: str, first: bool) -> list[int]:
-        assert self._special is not None
-        ids: list[int] = []
-        at = 0
-        for found in [*self._special.finditer(text), None]:
-            until = found.start() if found else len(text)
-            if until > at:
-                plain = text[at:until].replace(guard, "")
-                ids.extend(self._plain(plain, split_special_tokens=True))
-            if found:
-                ids.append(int(self.tokenizer.convert_tokens_to_ids(found[0])))
-                at = found.end()
-        return ids
-
-    def _plain(self, text: str, **more: Any) -> list[int]:
-        return [int(token) for token in self.tokenizer(text, add_special_tokens=False, **more)["input_ids"]]
-
-    def _continuation(self, text: str) -> list[int]:
-        """Ids of text that stands behind other text: without the space that some tokenizers put before a first word."""
-        if not self._prefixes:
-            return self._plain(text)
-        for anchor in (":", "0", "a", "."):
-            before, both = self._plain(anchor), self._plain(anchor + text)
-            if both[: len(before)] == before:
-                return both[len(before) :]
-        return self._plain(text)
-
-    @cached_property
-    def _prefixes(self) -> bool:
-        """Whether the tokenizer puts a space before the first word, as those made with sentencepiece do."""
-        before, both = self._plain(":"), self._plain(":x")
-        return both[: len(before)] == before and both[len(before) :] != self._plain("x")
-
-    def _class_index(self, fields: Fields) -> int:
-        label = self.template.label_field
-        assert label is not None
-        if str(fields[label]) not in self.template.classes:
-            raise TemplateError(f"label {fields[label]!r} is not in labels: {', '.join(self.template.classes)}")
-        return self.template.classes.index(str(fields[label]))
+    def _size(self, text: str) -> int:
+        return len(self.pieces.ids(text, [(0, len(text))]))
 
 
 def divide(tokens: int, places: int) -> list[int]:
     """`tokens` soft tokens over `places` as evenly as possible, the first places getting the rest."""
     return [tokens // places + (place < tokens % places) for place in range(places)] if places else []
-
-
-def _marks(values: Sequence[str]) -> tuple[str, str]:
-    """Two private-use characters that stand in none of the values: one for soft tokens, one that breaks specials."""
-    text = "".join(values)
-    free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-    return next(free), next(free)
-
-
