@@ -34,7 +34,7 @@ def _peft_model(backbone: Backbone, vectors: torch.Tensor) -> torch.nn.Module:
 
 
 def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of PEFT's logits [B, P + T, V] in their own precision: transformers' loss rounds them to float32."""
+    """Cross-entropy of PEFT's logits [B, P + T, V] in their own precision: transformers' loss takes float32."""
     width = labels.shape[1]
     predicted = logits[:, -width - 1 : -1].flatten(0, 1)
     return torch.nn.functional.cross_entropy(predicted, labels.flatten(), ignore_index=-100, reduction="sum")
