@@ -24,7 +24,8 @@ test: $(VENV)/.ready-dev
 		-m "not big" $(ARGS)
 
 lint: $(VENV)/.ready-dev
-	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
+	@$(RUN) -m ruff check .; style=$$?; $(RUN) -m ruff format --check .; format=$$?; \
+		$(RUN) -m mypy; exit $$((style + format + $$?))
 
 # What both set-ups have in common: an environment with torch and the data.
 $(VENV)/.base: constraints.txt

