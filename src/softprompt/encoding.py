@@ -172,12 +172,7 @@ class Encoder:
         if not sizes:
             return False
         name = max(sizes, key=lambda key: sizes[key])
-        low, high = 0, len(texts[name]) - 1  # the most characters, though not all, that have so few tokens
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self._size(texts[name][:middle]) <= sizes[name] - excess
-            low, high = (middle, high) if fits else (low, middle - 1)
-        fields[name] = texts[name][:low]
+        fields[name] = self.pieces.beginning(texts[name], sizes[name] - excess)
         return True
 
     def _size(self, text: str) -> int:

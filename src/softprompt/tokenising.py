@@ -40,6 +40,15 @@ class PieceTokenizer:
             self._constant[text, first] = self._encode(text, first)[0]
         return list(self._constant[text, first])
 
+    def beginning(self, text: str, size: int) -> str:
+        """The beginning of `text` of about `size` tokens, but always shorter than `text`, which is not empty."""
+        encodings = self._read(text).encodings if size > 0 else None
+        if encodings and size <= len(encodings[0].offsets):
+            end = encodings[0].offsets[size - 1][1]
+        else:
+            end = len(text) * max(0, size) // max(1, len(self.ids(text, [(0, len(text))])))
+        return text[: min(end, len(text) - 1)]
+
     @cached_property
     def lead(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text of its own accord, for instance BOS."""
@@ -105,16 +114,19 @@ class PieceTokenizer:
     def _call(self, text: str) -> tuple[list[int], list[Span]]:
         if not text:
             return [], []
-        try:
-            given = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise DataError(f"not valid Unicode text (half of a surrogate pair): {text[:40]!r}") from error
+        given = self._read(text)
         ids = [int(token) for token in given["input_ids"]]
         if self.control.keys().isdisjoint(ids):
             return ids, []
         if given.encodings:
             return ids, self._named(text, ids, given.encodings[0].offsets)
         return ids, [found.span() for found in self._names.finditer(text)]
+
+    def _read(self, text: str) -> Any:
+        try:
+            return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise DataError(f"not valid Unicode text (half of a surrogate pair): {text[:40]!r}") from error
 
     def _named(self, text: str, ids: list[int], offsets: Sequence[Span]) -> list[Span]:
         """Places of control tokens; the unknown token is one only where its name is written."""
