@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, FAST, PLACEMENTS, make_backbone, make_rows, random_vectors
 
+from softprompt import attention
 from softprompt.attention import StateCache
-from softprompt.computation import answer_log_probability, loss_and_gradient, micro_batches
+from softprompt.computation import answer_log_probability, keep_texts, loss_and_gradient, micro_batches
 from softprompt.losses import loss_of_hidden, summed_cross_entropy
 from softprompt.placement import Row, in_line, in_rectangle, shared_length
 
@@ -27,7 +28,8 @@ def test_loss_and_gradient_equal_plain_concatenation(backbone, placement, budget
     rows, vectors = make_rows(placement), random_vectors(backbone)
     plain = loss_and_gradient(backbone, rows, vectors, exact_reference=True)
     cache = StateCache()
-    for _ in range(2):  # the second time from the cache
+    keep_texts(backbone, rows, shared_length(rows), cache)
+    for _ in range(2):  # the second time with the constant text from the cache, too
         fast = loss_and_gradient(backbone, rows, vectors, micro_batch_tokens=budget, cache=cache)
         assert fast.tokens == plain.tokens == 11
         assert fast.loss == pytest.approx(plain.loss, abs=1e-10)
@@ -94,6 +96,43 @@ def test_shared_length_stops_before_the_last_context_token():
     assert shared_length(same) == 2
     assert shared_length([Row((1, 2, 9), 2), Row((1, 3, 9), 2)]) == 1
     assert shared_length([Row((7, 2, 9), 2), Row((1, 3, 9), 2)]) == 0
+
+
+def test_kept_texts_are_used_and_right(monkeypatch):
+    from softprompt import computation
+
+    backbone = make_backbone("llama")
+    rows, vectors, cache = make_rows("behind"), random_vectors(backbone), StateCache()
+    start = shared_length(rows)
+    assert keep_texts(backbone, rows, start, cache)
+    monkeypatch.setattr(computation, "_compute_texts", lambda *a: pytest.fail("computed again"))
+    plain = loss_and_gradient(backbone, rows, vectors, exact_reference=True)
+    for batch in (rows, rows[1:2], rows[2:]):  # also where a batch has more in common than the whole data set
+        kept = loss_and_gradient(backbone, batch, vectors, start=start, cache=cache)
+        alone = loss_and_gradient(backbone, batch, vectors, exact_reference=True)
+        torch.testing.assert_close(kept.gradient, alone.gradient, rtol=0, atol=1e-10)
+    assert plain.loss > 0
+
+
+def test_texts_are_not_kept_where_they_do_not_fit_or_do_not_exist():
+    backbone = make_backbone("llama")
+    rows = make_rows("behind")
+    assert not keep_texts(backbone, rows, shared_length(rows), StateCache(max_bytes=1000))
+    front = make_rows("front")
+    assert not keep_texts(backbone, front, shared_length(front), StateCache())
+
+
+def test_the_cache_keeps_to_its_bound():
+    def make_states():
+        return attention.States([torch.zeros(1, 1, 4, 8)], [torch.zeros(1, 1, 4, 8)])
+
+    cache = StateCache(max_bytes=600)  # two of 256 bytes
+    for key in "abc":
+        cache.put(key, make_states())
+    assert cache.get("a") is None and cache.get("b") is not None and cache.get("c") is not None
+    cache.get("b")
+    cache.put("d", make_states())
+    assert cache.get("c") is None and cache.get("b") is not None
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():

@@ -97,3 +97,33 @@ PLACEMENTS = ("front", "after_bos", "divided", "inside", "behind")
 def random_vectors(backbone: Backbone, tokens: int = 5, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, backbone.width, generator=generator).double() * backbone.embedding_rms
+
+
+def make_tokenizer():
+    """A tokenizer of whole words for the tiny models: 94 words beside <unk>, <s> and </s>, spaces kept apart."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["good", "bad", "fine", "awful", "film", "plot", "the", "a", "Review", "Sentiment", ":", "\n", "positive"]
+    words += ["negative", "Classify", "text", "as", "or", ".", "N", "/", "x", "0"]
+    words = ["<unk>", "<s>", "</s>", *words, *(f"w{i}" for i in range(VOCABULARY - 3 - len(words)))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(":", "isolated")]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=256
+    )
+
+
+def make_reviews(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Made-up reviews whose class can be read off their words."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        positive = index % 2 == 0
+        size = int(torch.randint(2, 9, (1,), generator=generator))
+        fill = [f"w{int(i)}" for i in torch.randint(0, 60, (size,), generator=generator)]
+        fill.insert(int(torch.randint(0, size, (1,), generator=generator)), "good" if positive else "bad")
+        rows.append({"text": " ".join(fill), "label": "positive" if positive else "negative"})
+    return rows

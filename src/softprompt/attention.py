@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,21 +157,22 @@ class Pass:
 class StateCache:
     """States that never change for a backbone (no soft token before them), kept up to a bound of bytes, oldest out.
 
-    Keys are token ids, so nothing that differs can ever be confused. One cache belongs to one backbone.
+    Keys hold all token ids (and a digest of the vectors) that the states come from, so nothing that differs can ever be
+    confused. One cache belongs to one backbone.
     """
 
     def __init__(self, max_bytes: int = 1 << 30):
         self.max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[int, ...], States] = OrderedDict()
+        self._kept: OrderedDict[Hashable, States] = OrderedDict()
         self._bytes = 0
 
-    def get(self, key: tuple[int, ...]) -> States | None:
+    def get(self, key: Hashable) -> States | None:
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
         return found
 
-    def put(self, key: tuple[int, ...], states: States) -> None:
+    def put(self, key: Hashable, states: States) -> None:
         size = states.nbytes()
         if size > self.max_bytes or key in self._kept:
             return

@@ -15,7 +15,7 @@ Both give the same loss and the same gradient (tests/test_computation.py, to 1e-
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +46,9 @@ def shared_states(
     if not ids:
         return States([], [])
     constant = first_soft(ids)
-    key = ()
+    key: tuple[object, ...] = ()
     if cache and vectors is not None and constant < len(ids) and not torch.is_grad_enabled():
-        key = (*ids, _digest(vectors))
+        key = ("prompt", tuple(ids), _digest(vectors))
         kept = cache.get(key)
         if kept is not None:
             return kept
@@ -74,7 +74,7 @@ def _digest(vectors: torch.Tensor) -> int:
 def _constant_states(backbone: Backbone, ids: tuple[int, ...], cache: StateCache | None) -> States:
     if not ids:
         return States([], [])
-    states = cache.get(ids) if cache else None
+    states = cache.get(("constant", ids)) if cache else None
     if states is None:
         line = torch.tensor(ids, device=backbone.device)
         rows = Pass([len(ids)], record=True, device=backbone.device)
@@ -82,8 +82,18 @@ def _constant_states(backbone: Backbone, ids: tuple[int, ...], cache: StateCache
         states = rows.states()
         states.lengths = None
         if cache:
-            cache.put(ids, states)
+            cache.put(("constant", ids), states)
     return states
+
+
+def text_ends(rows: Sequence[Row], start: int) -> list[int]:
+    """Where each row's own text before any soft token ends, at least `start`; `start` if no soft token follows.
+
+    At least the last token of the context is left to the row, since its output is needed.
+    """
+    if not any(first_soft(row.ids) < len(row.ids) for row in rows):
+        return [start] * len(rows)
+    return [max(start, min(first_soft(row.ids), row.answer - 1)) for row in rows]
 
 
 @torch.no_grad()
@@ -92,30 +102,77 @@ def text_states(
 ) -> tuple[States | None, list[int]]:
     """States of each row's own text from `start` to its first soft token, and where each row goes on.
 
-    Such text is the same at every step, so each row's states are kept in `cache`. Returns (None, starts) if no row has
-    any. At least the last token of the context is left to the row, since its output is needed.
+    Such text is the same at every step: rows that `keep_texts` has put into `cache` are not computed again. Returns
+    (None, starts) if no row has any such text.
     """
-    ends = [max(start, min(first_soft(row.ids), row.answer - 1)) for row in rows]
-    if not any(first_soft(row.ids) < len(row.ids) for row in rows):  # no soft token follows: nothing to gain
-        return None, [start] * len(rows)
+    ends = text_ends(rows, start)
     if all(end == start for end in ends):
         return None, ends
-    kept = [cache.get(row.ids[:end]) if cache else None for row, end in zip(rows, ends, strict=True)]
+    kept = [cache.get(_text_key(row, start, end)) if cache else None for row, end in zip(rows, ends, strict=True)]
     missing = [i for i, states in enumerate(kept) if states is None and ends[i] > start]
     if missing:
-        line = in_line([Row(rows[i].ids[: ends[i]], ends[i]) for i in missing], [start] * len(missing), backbone.device)
-        todo = Pass(line.lengths, shared=shared if shared.size else None, record=True, device=backbone.device)
-        backbone.hidden(backbone.embed(line.ids), line.positions, todo)
-        fresh = todo.states()
-        for slot, i in enumerate(missing):
-            length = ends[i] - start
-            kept[i] = States(
-                [k[slot : slot + 1, :, :length].clone() for k in fresh.keys],
-                [v[slot : slot + 1, :, :length].clone() for v in fresh.values],
-            )
-            if cache:
-                cache.put(rows[i].ids[: ends[i]], kept[i])  # type: ignore[arg-type]
+        fresh = _compute_texts(backbone, [rows[i] for i in missing], start, [ends[i] for i in missing], shared)
+        for i, states in zip(missing, fresh, strict=True):
+            kept[i] = states
     return _pad(kept, backbone), ends
+
+
+def _text_key(row: Row, start: int, end: int) -> tuple[object, ...]:
+    return ("text", start, row.ids[:end])
+
+
+def _compute_texts(
+    backbone: Backbone, rows: Sequence[Row], start: int, ends: Sequence[int], shared: States
+) -> list[States]:
+    line = in_line([Row(row.ids[:end], end) for row, end in zip(rows, ends, strict=True)], [start] * len(rows), backbone.device)
+    passed = Pass(line.lengths, shared if shared.size else None, record=True, device=backbone.device)
+    backbone.hidden(backbone.embed(line.ids), line.positions, passed)
+    fresh = passed.states()
+    return [
+        States(
+            [k[i : i + 1, :, : end - start].clone() for k in fresh.keys],
+            [v[i : i + 1, :, : end - start].clone() for v in fresh.values],
+        )
+        for i, end in enumerate(ends)
+    ]
+
+
+@torch.no_grad()
+def keep_texts(
+    backbone: Backbone,
+    rows: Sequence[Row],
+    start: int,
+    cache: StateCache,
+    *,
+    micro_batch_tokens: int = 1024,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> bool:
+    """Compute the texts of a whole data set that stand before any soft token, once, into `cache`.
+
+    All or nothing: returns False, having computed nothing, if no row has such a text, if soft tokens stand in what
+    `rows` share, or if the states of all would not fit. Rows are taken in their own order, so that the same data give
+    the same bytes whenever a run is resumed. advance: called with the rows finished.
+    """
+    ends = text_ends(rows, start)
+    if not backbone.fast or first_soft(rows[0].ids[:start]) < start or all(end == start for end in ends):
+        return False
+    shared = shared_states(backbone, rows[0].ids[:start], None, cache)
+    sample = shared if shared.size else _compute_texts(backbone, rows[:1], start, [start + 1], shared)[0]
+    needed = sum(ends) - start * len(rows)
+    if needed * sample.nbytes() // sample.size > cache.max_bytes - shared.nbytes():
+        return False
+    batch: list[int] = []
+    for index in range(len(rows) + 1):
+        used = sum(ends[i] - start for i in batch)
+        if batch and (index == len(rows) or used + ends[index] - start > micro_batch_tokens):
+            own = [i for i in batch if ends[i] > start]
+            fresh = _compute_texts(backbone, [rows[i] for i in own], start, [ends[i] for i in own], shared) if own else []
+            for i, states in zip(own, fresh, strict=True):
+                cache.put(_text_key(rows[i], start, ends[i]), states)
+            advance(len(batch))
+            batch = []
+        batch.append(index)
+    return True
 
 
 def _pad(states: Sequence[States | None], backbone: Backbone) -> States:
@@ -156,12 +213,14 @@ def loss_and_gradient(
     *,
     exact_reference: bool = False,
     micro_batch_tokens: int = 1024,
+    start: int | None = None,
     cache: StateCache | None = None,
 ) -> LossAndGradient:
     """Summed cross-entropy of the answers of `rows` given the soft prompt `vectors` [P, H], and its gradient [P, H].
 
     exact_reference: by the plain concatenation of every row and the model's own forward, for tests and for whoever
-    doubts the fast path. micro_batch_tokens bounds the memory and changes nothing else.
+    doubts the fast path. micro_batch_tokens bounds the memory and changes nothing else. start: how many leading ids all
+    rows have in common; by default what these do. cache: of constant text, and of what `keep_texts` put there.
     """
     assert all(row.answer < len(row.ids) for row in rows), "every row needs an answer"
     precise = torch.promote_types(torch.float32, backbone.dtype)
@@ -170,7 +229,7 @@ def loss_and_gradient(
     if exact_reference or not backbone.fast:
         loss = _plain_backward(backbone, rows, leaf, len(rows) if exact_reference else None, micro_batch_tokens)
     else:
-        loss = _shared_backward(backbone, rows, leaf, micro_batch_tokens, cache)
+        loss = _shared_backward(backbone, rows, leaf, micro_batch_tokens, start, cache)
     gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
     return LossAndGradient(loss, tokens, gradient)
 
@@ -191,9 +250,14 @@ def _plain_backward(
 
 
 def _shared_backward(
-    backbone: Backbone, rows: Sequence[Row], leaf: torch.Tensor, budget: int, cache: StateCache | None
+    backbone: Backbone,
+    rows: Sequence[Row],
+    leaf: torch.Tensor,
+    budget: int,
+    start: int | None,
+    cache: StateCache | None,
 ) -> float:
-    start = shared_length(rows)
+    start = shared_length(rows) if start is None else start
     shared = shared_states(backbone, rows[0].ids[:start], leaf, cache)
     learns = shared.size > 0 and shared.keys[0].requires_grad
     leaves = shared.detached() if learns else shared

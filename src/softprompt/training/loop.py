@@ -14,16 +14,21 @@ from typing import Any
 
 import torch
 
+from ..attention import StateCache
 from ..backbone import Backbone
-from ..computation import LossAndGradient, loss_and_gradient
+from ..computation import LossAndGradient, keep_texts, loss_and_gradient
 from ..errors import TrainingError
-from ..placement import Row
+from ..placement import Row, shared_length
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from .config import TuneConfig
 from .monitor import Monitor, majority_warning, movement_warning
 from .parameters import make_optimizer, make_parameters
 from .schedule import learning_rate_factor
 from .world import World
+
+
+# Memory for the states of texts that no soft token precedes; where those of all rows do not fit, none are kept.
+TEXT_BYTES = 1 << 30
 
 
 @dataclass
@@ -84,6 +89,8 @@ class Trainer:
         self.validate, self.save, self.stop = validate, save, stop
         self.world = world or World()
         self.unit = backbone.embedding_rms
+        self.start = shared_length(rows)
+        self.texts = StateCache(TEXT_BYTES)
         self.initial = initial
         self.parameters = make_parameters(initial, config.reparametrisation, self.unit, config.seed)
         self.optimizer = make_optimizer(
@@ -102,6 +109,8 @@ class Trainer:
 
     def run(self) -> str:
         """Train to the end; returns why it ended: "finished", "no better score", or "interrupted"."""
+        if keep_texts(self.backbone, self.rows, self.start, self.texts):
+            self.monitor.tell("texts", self.step, rows=len(self.rows))
         order = batches(len(self.rows), self.config.batch_size, self.steps, self.config.seed)
         reason = "finished"
         for number, indices in enumerate(order):
@@ -158,7 +167,7 @@ class Trainer:
     def _gradient(self, batch: Sequence[Row], vectors: torch.Tensor) -> LossAndGradient:
         budget = self.config.micro_batch_tokens
         return loss_and_gradient(
-            self.backbone, batch, vectors, micro_batch_tokens=budget, cache=self.backbone.states
+            self.backbone, batch, vectors, micro_batch_tokens=budget, start=self.start, cache=self.texts
         )
 
     def _clip(self) -> float:

@@ -45,6 +45,11 @@ class Monitor:
         for listener in self.listeners:
             listener(entry)
 
+    def tell(self, event: str, step: int, **facts: Any) -> None:
+        """Tell the listeners something that is no part of the run's history."""
+        for listener in self.listeners:
+            listener({"event": event, "step": step, **facts})
+
     def warn_once(self, step: int, text: str) -> None:
         if not any(e["event"] == "warning" and e["text"] == text for e in self.events):
             self.add("warning", step, text=text)
