@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, FAST, PLACEMENTS, make_backbone, make_rows, random_vectors
 
 from softprompt import attention
 from softprompt.attention import StateCache
 from softprompt.computation import answer_log_probability, keep_texts, loss_and_gradient, micro_batches
 from softprompt.losses import loss_of_hidden, summed_cross_entropy
 from softprompt.placement import Row, in_line, in_rectangle, shared_length
+from tiny_models import ARCHITECTURES, FAST, PLACEMENTS, make_backbone, make_rows, random_vectors
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))

@@ -11,12 +11,12 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from softprompt.templates import Template
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from softprompt.errors import PromptFormatError
 from softprompt.fileformat import load_prompt, verify_prompt
 from softprompt.prompt import SoftPrompt
+from softprompt.templates import Template
 
 CONFIG, TENSOR = "adapter_config.json", "adapter_model.safetensors"
 P, H = 4, 32

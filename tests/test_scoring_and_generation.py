@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, make_backbone, make_rows, random_vectors
 
 from softprompt.evaluation.generation import Sampling, TextStream, choose, generate_tokens
 from softprompt.evaluation.scoring import label_tree, score_labels
 from softprompt.placement import embed_with_soft
+from tiny_models import ARCHITECTURES, make_backbone, make_rows, random_vectors
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
@@ -110,8 +110,7 @@ def test_text_stream_gives_whole_characters_and_no_stop_text():
     pieces = [stream.add(byte) for byte in "aé日EN".encode()]
     assert "�" not in "".join(pieces) and "".join(pieces) == "aé日"
     assert stream.add(ord("X")) == "ENX"
-    for byte in b"bEND":
-        pieces.append(stream.add(byte))
+    pieces.extend(stream.add(byte) for byte in b"bEND")
     assert stream.stopped and "".join(pieces).endswith("b") and stream.finish() == ""
 
 

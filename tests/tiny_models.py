@@ -108,7 +108,11 @@ def make_tokenizer():
     words = ["<unk>", "<s>", "</s>", *words, *(f"w{i}" for i in range(VOCABULARY - 3 - len(words)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(":", "isolated")]
+        [
+            pre_tokenizers.Split(" ", "removed"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split(":", "isolated"),
+        ]
     )
     tokenizer.decoder = decoders.Fuse()
     return hf.PreTrainedTokenizerFast(

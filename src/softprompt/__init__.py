@@ -48,7 +48,7 @@ _HOMES = {
     "stream": "inference",
     "tune": "training.run",
 }
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 (they are strings)
 
 
 def __getattr__(name: str) -> Any:

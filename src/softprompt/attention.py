@@ -183,7 +183,7 @@ class StateCache:
 
 
 class _Spread(torch.autograd.Function):
-    """Tokens [N, ...] into slots [R * T, ...]. What stands in an empty slot is never read, so its gradient is dropped."""
+    """Tokens [N, ...] into slots [R * T, ...]. An empty slot is never read, so its gradient is dropped."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rows: Pass) -> torch.Tensor:
@@ -199,14 +199,16 @@ def _spread(x: torch.Tensor, rows: Pass) -> torch.Tensor:
     """[1, K, N, D] in line -> [R, K, T, D], one row each; slots without a token repeat token 0 and are never seen."""
     line = x[0].transpose(0, 1)  # [N, K, D]
     if rows.padded:
-        line = _Spread.apply(line, rows)  # [R * T, K, D]
+        line = _Spread.apply(line, rows)  # type: ignore[no-untyped-call]  # [R * T, K, D]
     return line.reshape(rows.rows, rows.width, *line.shape[1:]).transpose(1, 2)  # [R, K, T, D]
 
 
 def _collect(x: torch.Tensor, rows: Pass) -> torch.Tensor:
     """[R, T, heads, D] -> [1, N, heads, D], the tokens back in line."""
     line = x.reshape(rows.rows * rows.width, *x.shape[2:])
-    return (_Collect.apply(line, rows) if rows.padded else line)[None]
+    if rows.padded:
+        line = _Collect.apply(line, rows)  # type: ignore[no-untyped-call]
+    return line[None]
 
 
 class _Collect(torch.autograd.Function):

@@ -43,7 +43,9 @@ class Backbone:
         if self.dtype == torch.float64:
             _norms_in_float64(model)
         self._softcap = getattr(self.text_config, "final_logit_softcapping", None)
-        if getattr(model, "get_output_embeddings", lambda: None)() is None or getattr(model.config, "is_encoder_decoder", False):
+        if getattr(model, "get_output_embeddings", lambda: None)() is None or getattr(
+            model.config, "is_encoder_decoder", False
+        ):
             raise BackboneError(f"{self.name} ({type(model).__name__}) is not a causal language model; expected one")
 
     @staticmethod
@@ -79,14 +81,11 @@ class Backbone:
             machine.keep_freed_memory()
         found = weights.locate(name, report=say)
         hf_logging.disable_progress_bar()  # a line of ours says it
+        given = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                found.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
-            )
+            model = AutoModelForCausalLM.from_pretrained(found.folder, attn_implementation="sdpa", **given)
         except (ValueError, ImportError):  # not every architecture has sdpa
-            model = AutoModelForCausalLM.from_pretrained(
-                found.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_pretrained(found.folder, **given)
         tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
         backbone = Backbone(model.to(place), tokenizer, found.base_model_id, report)
         precision_name = str(dtype).removeprefix("torch.")
@@ -183,7 +182,8 @@ class Backbone:
     def check(self, prompt: SoftPrompt, *, force: bool = False) -> None:
         """Raise BackboneMismatchError if `prompt` was tuned for another model. A wrong width cannot be forced."""
         mine = f"{self.name} (fingerprint {self.fingerprint}, width {self.width})"
-        theirs = f"{prompt.base_model or 'an unnamed model'} (fingerprint {prompt.fingerprint or 'unknown'}, width {prompt.width})"
+        named, known = prompt.base_model or "an unnamed model", prompt.fingerprint or "unknown"
+        theirs = f"{named} (fingerprint {known}, width {prompt.width})"
         if prompt.width != self.width:
             raise BackboneMismatchError(f"the prompt was tuned for {theirs}, this model is {mine}; load that model")
         if prompt.fingerprint and prompt.fingerprint != self.fingerprint and not force:

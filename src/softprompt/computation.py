@@ -124,7 +124,9 @@ def _text_key(row: Row, start: int, end: int) -> tuple[object, ...]:
 def _compute_texts(
     backbone: Backbone, rows: Sequence[Row], start: int, ends: Sequence[int], shared: States
 ) -> list[States]:
-    line = in_line([Row(row.ids[:end], end) for row, end in zip(rows, ends, strict=True)], [start] * len(rows), backbone.device)
+    line = in_line(
+        [Row(row.ids[:end], end) for row, end in zip(rows, ends, strict=True)], [start] * len(rows), backbone.device
+    )
     passed = Pass(line.lengths, shared if shared.size else None, record=True, device=backbone.device)
     backbone.hidden(backbone.embed(line.ids), line.positions, passed)
     fresh = passed.states()
@@ -166,7 +168,9 @@ def keep_texts(
         used = sum(ends[i] - start for i in batch)
         if batch and (index == len(rows) or used + ends[index] - start > micro_batch_tokens):
             own = [i for i in batch if ends[i] > start]
-            fresh = _compute_texts(backbone, [rows[i] for i in own], start, [ends[i] for i in own], shared) if own else []
+            fresh = (
+                _compute_texts(backbone, [rows[i] for i in own], start, [ends[i] for i in own], shared) if own else []
+            )
             for i, states in zip(own, fresh, strict=True):
                 cache.put(_text_key(rows[i], start, ends[i]), states)
             advance(len(batch))
@@ -244,7 +248,7 @@ def _plain_backward(
         embeddings = embed_with_soft(grid.ids, leaf, backbone.embed)
         logits = backbone.plain_logits(embeddings, grid.mask, grid.positions)
         loss = summed_cross_entropy(logits[grid.scored], grid.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     return total
 
@@ -269,7 +273,7 @@ def _shared_backward(
         passed = Pass(line.lengths, leaves if leaves.size else None, past, device=backbone.device)
         hidden = backbone.hidden(embeddings, line.positions, passed)
         loss, gradient = loss_of_hidden(hidden[line.scored], line.targets, backbone.head, backbone.vocab_size)
-        hidden[line.scored].backward(gradient)  # type: ignore[no-untyped-call]
+        hidden[line.scored].backward(gradient)
         total += loss
     if learns:
         pairs = [(s, g.grad) for s, g in zip(shared.keys + shared.values, leaves.keys + leaves.values, strict=True)]

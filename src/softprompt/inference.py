@@ -1,4 +1,4 @@
-"""Use a tuned prompt: classes with probabilities, generated text, and the loss with its gradient for whoever doubts us."""
+"""Use a tuned prompt: classes with probabilities, generated text, and the loss and gradient for whoever doubts us."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Classified:
-    """label: the most probable class. probabilities: class -> probability among the classes, in the template's order."""
+    """label: the most probable class. probabilities: class -> probability, in the template's order."""
 
     label: str
     probabilities: dict[str, float]

@@ -69,7 +69,9 @@ def in_line(rows: Sequence[Row], starts: Sequence[int], device: torch.device | s
     """
     ids: list[int] = []
     positions: list[int] = []
-    lengths, scored, targets = [], [], []
+    lengths: list[int] = []
+    scored: list[int] = []
+    targets: list[int] = []
     for row, start in zip(rows, starts, strict=True):
         end = len(row.ids) - 1 if row.answer < len(row.ids) else len(row.ids)
         assert start < row.answer <= end + 1, (start, row.answer, end)

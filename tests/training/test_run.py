@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 import softprompt as sp
 from softprompt.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.training.checkpoint import load_checkpoint
+from softprompt.training.folder import CHECKPOINT
 from softprompt.training.loop import batches
 from softprompt.training.monitor import majority_warning, movement_warning, read_events
-from softprompt.training.run import CHECKPOINT
+from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 SETTINGS = dict(
     tokens=4, steps=8, batch_size=6, learning_rate=0.5, validate_every=3, checkpoint_every=2, init="random", seed=3
@@ -108,7 +108,8 @@ import softprompt as sp
 def kill(event):
     if event["event"] == "step" and event["step"] == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-sp.tune(make_backbone("llama", torch.float32, make_tokenizer()), make_task(), run_folder={folder!r}, listen=kill, **SETTINGS)
+backbone = make_backbone("llama", torch.float32, make_tokenizer())
+sp.tune(backbone, make_task(), run_folder={folder!r}, listen=kill, **SETTINGS)
 """
 
 
@@ -117,7 +118,7 @@ def test_killed_in_the_middle_and_resumed_equals_undisturbed(backbone, undisturb
     here = Path(__file__).parent
     code = KILLED.format(path=sys.path, tests=str(here), folder=str(folder))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert load_checkpoint(folder / CHECKPOINT).facts["step"] == 4
     resumed = sp.tune(backbone, make_task(), run_folder=folder, resume=True, **SETTINGS)
@@ -137,7 +138,7 @@ def test_not_a_number_stops_with_the_last_checkpoint_kept(backbone, tmp_path, mo
         return found
 
     monkeypatch.setattr(loop, "loss_and_gradient", broken)
-    with pytest.raises(TrainingError, match="loss became nan at step 6.*last good checkpoint is kept.*learning_rate"):
+    with pytest.raises(TrainingError, match=r"loss became nan at step 6.*last good checkpoint is kept.*learning_rate"):
         sp.tune(backbone, make_task(), run_folder=tmp_path / "run", **SETTINGS)
     kept = load_checkpoint(tmp_path / "run" / CHECKPOINT)
     assert kept.facts["step"] == 4 and all(torch.isfinite(t).all() for t in kept.tensors.values())

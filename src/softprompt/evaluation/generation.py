@@ -94,7 +94,7 @@ def _check_room(backbone: Backbone, contexts: Sequence[Ids]) -> None:
     longest = max(len(ids) for ids in contexts)
     if longest >= backbone.context_length:
         raise ConfigError(
-            f"a text of {longest} tokens leaves no room in this model's context of {backbone.context_length}; shorten it"
+            f"a text of {longest} tokens leaves no room in a context of {backbone.context_length}; shorten it"
         )
 
 
@@ -246,7 +246,5 @@ class TextStream:
         return new
 
     def _decode(self) -> str:
-        decoded: str = self.tokenizer.decode(
-            self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        decoded: str = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decoded

@@ -78,7 +78,13 @@ class Report:
         if brief:
             keys = ("accuracy", "interval", "macro_f1", "majority_score", "rows", "exact_match", "rouge_l", "bleu")
             scores = {key: scores[key] for key in keys if key in scores}
-        return {**scores, "loss": self.loss, "cut_rows": self.cut_rows, "seconds": round(self.seconds, 2), **self.setting}
+        return {
+            **scores,
+            "loss": self.loss,
+            "cut_rows": self.cut_rows,
+            "seconds": round(self.seconds, 2),
+            **self.setting,
+        }
 
     def mistakes(self, most: int = 20) -> list[dict[str, Any]]:
         """The most confident mistakes: text, true, predicted, probability of what was predicted."""
@@ -179,7 +185,7 @@ def constant_length(encoder: Encoder, rows: Sequence[Row]) -> int:
     Found by encoding two made-up rows that differ from the first letter on; it holds for any rows of the template.
     """
     fields = encoder.template.fields
-    made_up = [encoder.context({name: text for name in fields}).ids for text in ("0", "x")]
+    made_up = [encoder.context(dict.fromkeys(fields, text)).ids for text in ("0", "x")]
     return shared_length([*rows, *(Row(ids, len(ids)) for ids in made_up)])
 
 
@@ -237,7 +243,7 @@ def label_scores(
 
     scores = score_labels(backbone, [row.ids for row in rows], answers, vectors, start=start, advance=advance)
     if calibrate:
-        empty = encoder.context({name: "N/A" for name in encoder.template.fields}).ids
+        empty = encoder.context(dict.fromkeys(encoder.template.fields, "N/A")).ids
         scores = scores - score_labels(backbone, [empty], answers, vectors)
     return scores
 

@@ -34,9 +34,13 @@ class LabelTree:
 def label_tree(answers: Sequence[Ids]) -> LabelTree:
     """Build the tree of label words; each is at least one token long."""
     nodes: dict[Ids, int] = {}
-    tokens, parents, depths, steps = [], [], [], []
+    tokens: list[int] = []
+    parents: list[int] = []
+    depths: list[int] = []
+    steps = []
     for answer in answers:
-        path, at = [], -1
+        path: list[tuple[int, int]] = []
+        at = -1
         for depth, token in enumerate(answer):
             path.append((at, token))
             if depth == len(answer) - 1:

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -25,7 +24,6 @@ from .monitor import Monitor, majority_warning, movement_warning
 from .parameters import make_optimizer, make_parameters
 from .schedule import learning_rate_factor
 from .world import World
-
 
 # Memory for the states of texts that no soft token precedes; where those of all rows do not fit, none are kept.
 TEXT_BYTES = 1 << 30
@@ -141,7 +139,7 @@ class Trainer:
         if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
             self._stop_at_nonsense(loss)
         self.optimizer.zero_grad()
-        vectors.backward(gradient)  # type: ignore[no-untyped-call]
+        vectors.backward(gradient)
         norm = self._clip()
         factor = learning_rate_factor(self.step, self.steps, self.config.warmup, self.config.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):

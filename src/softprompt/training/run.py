@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
-import shutil
+import logging
 import signal
 import threading
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,24 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..backbone import Backbone
 from ..data import Split, Task
 from ..encoding import Encoder
-from ..errors import ConfigError, DataError, OutputError, TrainingError
+from ..errors import ConfigError, DataError
 from ..evaluation.runner import Report, evaluate_prompt
-from ..initialisers import initialise
+from ..initialisers import check_init, initialise
 from ..placement import Row
 from ..prompt import SoftPrompt
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, save_checkpoint
 from .config import TuneConfig
+from .folder import CHECKPOINT, prepare, record, versions
 from .loop import Trainer, Validation
 from .monitor import Listener, Monitor
 
-CHECKPOINT = "checkpoints/last.safetensors"
-# Room for a checkpoint beside the one before, the log and the report; checked before hours are spent.
-NEEDED_BYTES = 64 << 20
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,7 +57,7 @@ def tune(
     run_folder: str | Path | None = None,
     resume: bool = False,
     listen: Listener | Sequence[Listener] = (),
-    baselines: Callable[[], list[dict[str, Any]]] | None = None,
+    baselines: Sequence[dict[str, Any]] = (),
     config_text: str | None = None,
     **settings: Any,
 ) -> TuneResult:
@@ -70,20 +65,22 @@ def tune(
 
     settings: fields of TuneConfig, as keywords (`tokens=20`), in place of or over `config`. run_folder: where the
     run's settings, log, checkpoints and report go; without one nothing is written. resume: go on from the run
-    folder's checkpoint; the result is bit for bit that of the undisturbed run. listen: called with each event. config_text:
-    the config.yaml that the run was started from, kept as it is in the run folder.
+    folder's checkpoint; the result is bit for bit that of the undisturbed run. listen: called with each event.
+    config_text: the config.yaml that the run was started from, kept as it is in the run folder. baselines: other
+    scores for the report to show beside the prompt's, each {name, score, low, high}.
 
     Raises ConfigError (settings), DataError (rows), OutputError (folder), TrainingError (a loss that is not finite).
     """
     config = _settle(config, settings)
     folder = Path(run_folder) if run_folder is not None else None
+    check_init(config.init)
     listeners = (listen,) if callable(listen) else tuple(listen)
     if not len(task.train):
         raise DataError("the training split has no rows; give more data or another share")
     encoder = _encoder(backbone, task, config)
     rows, cut = encode_rows(encoder, task.train)
-    recorded = _record(backbone, task, config)
-    checkpoint = _prepare(folder, resume, recorded, config_text)
+    recorded = record(backbone, task, config)
+    checkpoint = prepare(folder, resume, recorded, config_text)
     initial, init_note = _initial(backbone, task, config, checkpoint)
     with _interruptible() as stop:
         monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
@@ -165,87 +162,6 @@ def _validator(backbone: Backbone, task: Task, config: TuneConfig) -> Callable[[
     return validate
 
 
-# --- the run folder -------------------------------------------------------------------------------------------------
-
-
-def _record(backbone: Backbone, task: Task, config: TuneConfig) -> dict[str, Any]:
-    """What a run is made of: written at its start, compared when it is resumed."""
-    rows = json.dumps([list(task.train), list(task.validation)], sort_keys=True, ensure_ascii=False, default=str)
-    return {
-        "model": backbone.name,
-        "fingerprint": backbone.fingerprint,
-        "precision": str(backbone.dtype).removeprefix("torch."),
-        "device": backbone.device.type,
-        "template": task.template.to_dict(),
-        "data": {**task.source, "rows": {s.name: len(s) for s in (task.train, task.validation, task.test)}},
-        "data_sha256": hashlib.sha256(rows.encode()).hexdigest(),
-        "tuning": config.model_dump(),
-    }
-
-
-def _prepare(
-    folder: Path | None, resume: bool, recorded: dict[str, Any], config_text: str | None
-) -> Checkpoint | None:
-    """Make the run folder ready, or check that the one there can be resumed. All that can fail early fails here."""
-    if folder is None:
-        if resume:
-            raise ConfigError("resume needs the run folder of the run to go on with")
-        return None
-    saved = folder / "run.json"
-    if resume:
-        return _resumable(folder, saved, recorded)
-    if folder.exists() and any(folder.iterdir()) and not saved.exists():
-        raise OutputError(f"{folder} holds something that is not a run; choose another run folder")
-    if saved.exists():
-        raise OutputError(f"{folder} holds a run already; go on with it (--resume) or choose another run folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < NEEDED_BYTES:
-            raise OutputError(
-                f"only {free >> 20} MiB free at {folder}, {NEEDED_BYTES >> 20} MiB are needed; make room first"
-            )
-        saved.write_text(json.dumps(recorded, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
-        (folder / "config.yaml").write_text(
-            config_text
-            or yaml.safe_dump(json.loads(saved.read_text(encoding="utf-8")), sort_keys=False, allow_unicode=True),
-            encoding="utf-8",
-        )
-        (folder / "versions.json").write_text(json.dumps(versions(), indent=2), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write to run folder {folder}: {error.strerror or error}; choose another") from error
-    return None
-
-
-def _resumable(folder: Path, saved: Path, recorded: dict[str, Any]) -> Checkpoint | None:
-    if not saved.exists():
-        raise OutputError(f"{folder} holds no run to resume (no run.json); start it without --resume")
-    before = json.loads(saved.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(recorded, default=str))
-    keys = ("fingerprint", "precision", "device", "template", "data_sha256", "tuning")
-    changed = [key for key in keys if before.get(key) != now.get(key)]
-    if changed:
-        raise ConfigError(
-            f"the run in {folder} was started with another {', '.join(changed)}; "
-            "resume it with what it was started with, or start a new run"
-        )
-    path = folder / CHECKPOINT
-    return load_checkpoint(path) if path.exists() else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("softprompt", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Within it the first Ctrl-C (or SIGTERM) asks the run to stop after its step; the second one stops at once."""
@@ -276,14 +192,14 @@ def _tensorboard(folder: Path | None, config: TuneConfig) -> list[Listener]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("tensorboard is not installed; pip install tensorboard, or leave tensorboard off") from error
-    writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(event: dict[str, Any]) -> None:
         names = {"step": ("loss", "learning_rate", "gradient_norm"), "validation": ("loss", "score")}
         for name in names.get(event["event"], ()):
-            writer.add_scalar(f"{event['event']}/{name}", event[name], event["step"])  # type: ignore[no-untyped-call]
+            writer.add_scalar(f"{event['event']}/{name}", event[name], event["step"])
         if event["event"] == "end":
-            writer.close()  # type: ignore[no-untyped-call]
+            writer.close()
 
     return [write]
 
@@ -301,7 +217,7 @@ def _finish(
     recorded: dict[str, Any],
     reason: str,
     cut: int,
-    baselines: Callable[[], list[dict[str, Any]]] | None,
+    baselines: Sequence[dict[str, Any]],
 ) -> TuneResult:
     prompt = _prompt(backbone, task, trainer, recorded, reason)
     validation, page = None, None
@@ -311,18 +227,16 @@ def _finish(
         )
         prompt.metrics["validation"] = validation.to_dict(brief=True)
     if folder and reason != "interrupted":
-        page = write_run_report(folder, backbone, prompt, trainer.initial, monitor.events, recorded, validation)
+        page = write_run_report(
+            folder, backbone, prompt, trainer.initial, monitor.events, recorded, validation, baselines
+        )
         summary = {"reason": reason, "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds}
         summary["validation"] = prompt.metrics.get("validation")
         (folder / "result.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    return TuneResult(
-        prompt, monitor.events, validation, page, reason, folder, trainer.step, trainer.seconds, cut
-    )
+    return TuneResult(prompt, monitor.events, validation, page, reason, folder, trainer.step, trainer.seconds, cut)
 
 
-def _prompt(
-    backbone: Backbone, task: Task, trainer: Trainer, recorded: dict[str, Any], reason: str
-) -> SoftPrompt:
+def _prompt(backbone: Backbone, task: Task, trainer: Trainer, recorded: dict[str, Any], reason: str) -> SoftPrompt:
     step = trainer.best_step or trainer.step
     provenance = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -350,9 +264,10 @@ def write_run_report(
     report: Report | None,
     baselines: Sequence[dict[str, Any]] = (),
 ) -> Path | None:
-    """report.html of a run. Looking must never cost a result: a failure here is told and the run goes on."""
+    """report.html of a run, or None: looking must never cost a result, so a failure here is only told."""
     from ..inspection.report import write_report
 
+    scores = {**report.to_dict(), "split": "validation"} if report else None
     try:
         return write_report(
             folder / "report.html",
@@ -363,12 +278,11 @@ def write_run_report(
             table=backbone.embedding_table(),
             tokenizer=backbone.tokenizer,
             initial=initial,
-            scores=report.to_dict() if report else None,
+            scores=scores,
             mistakes=report.mistakes() if report else [],
             examples=report.examples() if report else [],
             baselines=list(baselines),
         )
-    except OSError as error:
-        raise OutputError(f"cannot write {folder / 'report.html'}: {error}; the prompt itself is not lost") from error
-
-
+    except Exception as error:
+        log.warning("the report could not be written (%s); the prompt is not lost", error, exc_info=True)
+        return None
