@@ -41,11 +41,12 @@ def parse(text: str) -> list[Piece]:
 def _marker(text: str, at: int) -> tuple[Piece, int]:
     """The piece whose '{' stands at `at`, and where it ends."""
     end = text.find("}", at)
-    name = text[at + 1 : end].strip() if end > 0 else ""
-    if not name or any(letter in name for letter in '{"\n'):
+    name = text[at + 1 : end] if end > 0 else ""
+    if not name.strip() or any(letter in name for letter in '{"\n'):
         raise TemplateError(
             f"'{{' at character {at + 1} of {text!r} is not followed by a column and '}}'; for a brace write '{{{{'"
         )
+    name = name.strip()
     kind: Kind = "soft" if name == "soft" else "bos" if name == "bos" else "field"
     return Piece(kind, name if kind == "field" else ""), end + 1
 
