@@ -5,10 +5,10 @@
 
 Both sides get the same model, rows, batches (16 in random order), precision and vectors, and compute the same thing:
 the loss summed over the label tokens of a batch and its gradient for the soft prompt. That they do is asserted on a
-first batch before anything is timed, and again at every timed step. Each side lives in a process of its own; only one of
-them computes at a time, taking turns step by step with the first turn changing hands, so that whatever else the machine
-does meets both alike, and a ratio is taken of the two times of one batch. On a busy machine the clock says little (two
-threads that wait for each other wait for other programs too): `--threads 1` and the ratio of processor time say more.
+first batch before anything is timed, and again at every timed step. Each side lives in a process of its own; they take
+turns step by step, the first turn changing hands, so that whatever else the machine does meets both alike, and a ratio
+is taken of the two times of one batch. On a busy machine the clock says little (two threads that wait for each other
+wait for other programs too): `--threads 1` and the ratio of processor time say more.
 
 PEFT's side is its ordinary path: a right-padded batch with labels through `model(**batch).loss`, and `backward`. Where
 there is a choice it gets the better one: batches are padded before the clock runs, and the model keeps no KV cache.
