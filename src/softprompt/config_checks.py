@@ -158,7 +158,7 @@ def _why_not_writable(folder: Path) -> str:
     """Why a folder cannot be made or written, or ''."""
     if os.path.lexists(folder) and not folder.is_dir():
         return f"{folder} is a file; choose another folder"
-    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    above = next(path for path in (folder, *folder.parents, Path.cwd()) if os.path.lexists(path))
     if not above.is_dir():
         return f"cannot make {folder}: {above} is a file"
     return "" if os.access(above, os.W_OK | os.X_OK) else f"cannot write to {above}; choose another folder"

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -31,12 +32,14 @@ TEXT_BYTES = 1 << 30
 
 @dataclass
 class Validation:
-    """score: higher is better (accuracy, or minus the loss). predicted: classes, empty for free text."""
+    """score: higher is better (accuracy, or minus the loss). predicted: classes, empty for free text. details: what
+    the caller wants to find again for the best one."""
 
     score: float
     loss: float
     metric: str
     predicted: list[str] = field(default_factory=list)
+    details: Any = None
 
 
 def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -100,8 +103,7 @@ class Trainer:
         self.best_score = -math.inf
         self.best_step = 0
         self.best = initial.clone()
-        self.last_validation: Validation | None = None
-        self.validated_at = -1
+        self.best_validation: Validation | None = None  # None also after resuming past it
         self.without_gain = 0
         self.seconds = 0.0
 
@@ -198,13 +200,13 @@ class Trainer:
             return
         current = self.parameters.vectors().detach().clone()
         found = self.validate(current)
-        self.last_validation, self.validated_at = found, self.step
         self.monitor.add("validation", self.step, loss=found.loss, score=found.score, metric=found.metric)
         text = majority_warning(found.predicted, 2)
         if text:
             self.monitor.warn_once(self.step, text)
         if found.score > self.best_score:
             self.best_score, self.best_step, self.best, self.without_gain = found.score, self.step, current, 0
+            self.best_validation = found
         else:
             self.without_gain += 1
 

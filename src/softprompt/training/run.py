@@ -157,7 +157,7 @@ def _validator(backbone: Backbone, task: Task, config: TuneConfig) -> Callable[[
         report = evaluate_prompt(backbone, split, vectors, max_tokens=config.max_tokens, text_scores=False)
         if report.scores is None:
             return Validation(-report.loss, report.loss, "minus loss")
-        return Validation(report.accuracy, report.loss, "accuracy", report.predicted)
+        return Validation(report.accuracy, report.loss, "accuracy", report.predicted, report)
 
     return validate
 
@@ -220,11 +220,14 @@ def _finish(
     baselines: Sequence[dict[str, Any]],
 ) -> TuneResult:
     prompt = _prompt(backbone, task, trainer, recorded, reason)
-    validation, page = None, None
+    validation: Report | None = None
+    page = None
     if reason != "interrupted" and len(task.validation):
-        validation = evaluate_prompt(
-            backbone, task.validation.take(config.validation_rows, seed=0), prompt.vectors, max_tokens=config.max_tokens
-        )
+        found = trainer.best_validation
+        validation = found.details if found else None
+        if validation is None:  # free text has only been scored by its loss so far, or the best is from before resuming
+            split = task.validation.take(config.validation_rows, seed=0)
+            validation = evaluate_prompt(backbone, split, prompt.vectors, max_tokens=config.max_tokens)
         prompt.metrics["validation"] = validation.to_dict(brief=True)
     if folder and reason != "interrupted":
         page = write_run_report(
