@@ -45,11 +45,12 @@ import torch
 from numpy.linalg import norm
 
 from softprompt import machine, weights
+from softprompt.attention import StateCache
 from softprompt.backbone import PRECISIONS, Backbone
 from softprompt.computation import loss_and_gradient
 from softprompt.demo_data import movie_reviews
 from softprompt.encoding import Encoder
-from softprompt.placement import Row
+from softprompt.placement import Row, shared_length
 from softprompt.templates import Template
 from softprompt.training.config import TuneConfig
 
@@ -89,11 +90,12 @@ def ours(setting: Setting) -> tuple[Any, Step]:
     backbone = Backbone.load(setting.folder, precision=setting.precision, device=setting.device, report=print)
     vectors = first_vectors(backbone.embedding_table(), setting.tokens)
     budget = int(TuneConfig.model_fields["micro_batch_tokens"].default)
+    start, cache = shared_length([row for batch in setting.batches for row in batch]), StateCache()  # as in tune
     assert backbone.fast, backbone.why_plain
 
     def step(number: int) -> tuple[float, torch.Tensor]:
         found = loss_and_gradient(
-            backbone, setting.batches[number], vectors, micro_batch_tokens=budget, cache=backbone.states
+            backbone, setting.batches[number], vectors, micro_batch_tokens=budget, start=start, cache=cache
         )
         return found.loss, found.gradient
 

@@ -17,10 +17,12 @@ from collections.abc import Callable
 import torch
 
 from softprompt import Backbone, SoftPrompt, Task
-from softprompt.computation import loss_and_gradient
+from softprompt.attention import StateCache
+from softprompt.computation import keep_texts, loss_and_gradient
 from softprompt.encoding import Encoder
 from softprompt.evaluation.runner import evaluate_prompt
 from softprompt.initialisers import initialise
+from softprompt.placement import shared_length
 
 
 def train(
@@ -64,6 +66,11 @@ def train(
     optimizer = torch.optim.AdamW([vectors], lr=learning_rate * unit, weight_decay=0.0, foreach=False)
     say(f"{len(rows)} rows, {steps} steps of {batch_size}, {tokens} soft tokens, {how}")
 
+    # What the model makes of a token depends on what stands before it alone. So what all rows begin with is computed
+    # once a step for the whole batch, and a row's text that no soft token precedes once for the whole run.
+    start, texts = shared_length(rows), StateCache()
+    keep_texts(backbone, rows, start, texts)
+
     losses: list[float] = []
     best, best_score = vectors.detach().clone(), -math.inf
     rising = math.ceil(warmup * steps)
@@ -78,9 +85,8 @@ def train(
         batch, order = [rows[i] for i in order[:batch_size]], order[batch_size:]
 
         # Loss and gradient, summed over the label tokens of the batch, so every label token weighs the same.
-        found = loss_and_gradient(
-            backbone, batch, vectors.detach(), micro_batch_tokens=micro_batch_tokens, cache=backbone.states
-        )
+        now = vectors.detach()
+        found = loss_and_gradient(backbone, batch, now, micro_batch_tokens=micro_batch_tokens, start=start, cache=texts)
         losses.append(found.loss / found.tokens)
         vectors.grad = found.gradient.to("cpu", torch.float32) / found.tokens  # [P, H]
         if not (math.isfinite(losses[-1]) and bool(torch.isfinite(vectors.grad).all())):
