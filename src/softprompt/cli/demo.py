@@ -160,15 +160,13 @@ def _tune(out: Output, backbone: Backbone, task: Task, folder: Path, model: str,
 def _show_scores(out: Output, reports: dict[str, Report], clock: _Clock) -> None:
     from .scores import table
 
-    shown = table(
-        f"\n{len(next(iter(reports.values())).true):,} unseen reviews", "", "accuracy", "95 % interval", "time"
-    )
+    shown = table("", "accuracy", "95 % interval", "time")
     for name, report in reports.items():
         shown.add_row(name, f"{report.accuracy:.3f}", interval(report.interval), duration(clock.laps[name]))
     majority = next(iter(reports.values())).scores
     if majority is not None:
         shown.add_row(f"always '{majority.majority_class}'", f"{majority.majority_score:.3f}", "", "")
-    out.show(shown)
+    out.show(f"\n{len(next(iter(reports.values())).true):,} unseen reviews", shown)
     others = ", ".join(f"{name} {duration(clock.laps[name])}" for name in ("data", "model", "tuning"))
     out.show(f"{others}; {duration(clock.total())} in all", "")
 

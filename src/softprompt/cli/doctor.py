@@ -21,12 +21,12 @@ def doctor(out: Output) -> None:
 
     facts = doctor_facts()
     problems = [fact for fact in facts if fact.problem]
-    shown = table("", "what", "found")
+    shown = table("what", "found")
     shown.columns[1].justify, shown.columns[1].no_wrap = "left", False
     for fact in facts:
         shown.add_row(fact.name, f"{fact.value}  ! {fact.problem}" if fact.problem else fact.value)
     out.show(shown)
-    out.show("nothing is wrong" if not problems else f"{len(problems)} problems:")
+    out.show("nothing is wrong" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)}:")
     for fact in problems:
         out.show(f"- {fact.name}: {fact.problem}")
     out.document({"ok": not problems, "facts": [asdict(fact) for fact in facts]})

@@ -112,16 +112,9 @@ def evaluate(
         out.warn(f"{report.cut_rows:,} of {len(rows):,} rows were cut to fit")
     out.show(*report_tables(report))
     _show_mistakes(out, report, mistakes)
-    out.document(
-        {
-            "prompt": None if no_prompt else folder,
-            "model": backbone.name,
-            "data": data,
-            "split": rows.name,
-            **report_data(report),
-            **({"mistakes": report.mistakes(mistakes)} if mistakes else {}),
-        }
-    )
+    facts = {"prompt": None if no_prompt else folder, "model": backbone.name, "data": data, "split": rows.name}
+    shown = {"mistakes": report.mistakes(mistakes)} if mistakes else {}
+    out.document({**report_data(report), **facts, **shown})
 
 
 def _what(what: list[str], no_prompt: bool) -> tuple[str | None, str]:

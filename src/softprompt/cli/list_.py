@@ -23,7 +23,7 @@ def list_(
     if not folder.is_dir():
         raise OutputError(f"no folder {folder}; tune a prompt first, or name another folder")
     found = list_prompts(folder)
-    shown = table("", "prompt", "model", "tokens", "placement", "score", "made", "size")
+    shown = table("prompt", "model", "tokens", "placement", "score", "made", "size")
     for each in found:
         shown.add_row(*_cells(each))
     out.show(shown if found else f"no prompts in {folder}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+PLAIN_WIDTH = 160
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Output:
             console.print(thing, markup=False, highlight=False, soft_wrap=isinstance(thing, str))
 
     def write(self, text: str) -> None:
-        """Text as it comes, without a line break."""
+        """Text as it is, at once."""
         if not self.json:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -72,7 +75,8 @@ class Output:
 def _console(file: Any) -> Console:
     from rich.console import Console
 
-    return Console(file=file)
+    # Into a file or a pipe tables take the room that they need.
+    return Console(file=file, width=None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH)
 
 
 def interval(bounds: Any) -> str:

@@ -199,9 +199,9 @@ def _classify(
             found.append({**_fields(template, row), "label": answer.label, "probabilities": answer.probabilities})
             if not single:
                 text = " ".join(str(row.get(name, "")) for name in template.fields)
-                out.show(f"{answer.label}\t{answer.probabilities[answer.label]:.3f}\t{' '.join(text.split())[:100]}")
+                out.write(f"{answer.label}\t{answer.probabilities[answer.label]:.3f}\t{' '.join(text.split())[:100]}\n")
     if single:
-        shown = table("", "class", "probability")
+        shown = table("class", "probability")
         for label, probability in sorted(found[0]["probabilities"].items(), key=lambda pair: -pair[1]):
             shown.add_row(label, f"{probability:.3f}")
         out.show(shown)
@@ -245,7 +245,7 @@ def _generate(
         )
         for row, text in zip(chunk, texts, strict=True):
             found.append({**_fields(template, row), "text": text.strip()})
-            out.show(text.strip().replace("\n", r"\n"))
+            out.write(text.strip().replace("\n", r"\n") + "\n")
     return found
 
 

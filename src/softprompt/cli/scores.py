@@ -19,14 +19,14 @@ TEXT_METRICS = (
 )
 
 
-def table(title: str, *columns: str) -> Any:
-    """An empty table; columns after the first are right-aligned."""
+def table(*columns: str) -> Any:
+    """An empty table; columns after the first are right-aligned and never wrapped."""
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
+        made.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
     return made
 
 
@@ -45,9 +45,9 @@ def in_one_line(report: Report) -> str:
 
 
 def report_tables(report: Report) -> list[Any]:
-    """Everything that a report says, as rich tables."""
+    """Everything that a report says, as rich tables with lines above them."""
     if report.scores is not None:
-        return [_class_scores(report), _per_class(report), _confusion(report)]
+        return [_class_scores(report), _per_class(report), *_confusion(report)]
     return [_text_scores(report)]
 
 
@@ -59,7 +59,7 @@ def report_data(report: Report) -> dict[str, Any]:
 def _class_scores(report: Report) -> Any:
     scores = report.scores
     assert scores is not None
-    made = table("", "score", "value", "95 % interval")
+    made = table("score", "value", "95 % interval")
     made.add_row("accuracy", f"{scores.accuracy:.3f}", interval(scores.interval))
     made.add_row("balanced accuracy", f"{scores.balanced_accuracy:.3f}", interval(scores.balanced_accuracy_interval))
     made.add_row("macro-F1", f"{scores.macro_f1:.3f}", interval(scores.macro_f1_interval))
@@ -73,35 +73,35 @@ def _class_scores(report: Report) -> Any:
 
 def _per_class(report: Report) -> Any:
     assert report.scores is not None
-    made = table("", "class", "precision", "recall", "F1", "rows")
+    made = table("class", "precision", "recall", "F1", "rows")
     for each in report.scores.per_class:
         figures = ("-" if each[key] is None else f"{each[key]:.3f}" for key in ("precision", "recall", "f1"))
         made.add_row(each["class"], *figures, f"{each['support']:,}")
     return made
 
 
-def _confusion(report: Report) -> Any:
+def _confusion(report: Report) -> list[Any]:
     assert report.scores is not None
     classes, counts = report.scores.classes, report.scores.confusion
     if len(classes) <= MOST_CLASSES:
-        made = table("rows of each class (down), by predicted class (across)", "", *classes)
+        made = table("", *classes)
         for name, row in zip(classes, counts, strict=True):
             made.add_row(name, *(f"{count:,}" for count in row))
-        return made
+        return ["rows of each class (down) by predicted class (across)", made]
     wrong = [
         (n, t, p)
         for t, row in zip(classes, counts, strict=True)
         for p, n in zip(classes, row, strict=True)
         if t != p and n
     ]
-    made = table(f"the {MOST_CLASSES} most frequent confusions", "class", "predicted as", "rows")
+    made = table("class", "predicted as", "rows")
     for count, true, predicted in sorted(wrong, reverse=True)[:MOST_CLASSES]:
         made.add_row(true, predicted, f"{count:,}")
-    return made
+    return [f"the {MOST_CLASSES} most frequent confusions", made]
 
 
 def _text_scores(report: Report) -> Any:
-    made = table("", "score", "value", "95 % interval")
+    made = table("score", "value", "95 % interval")
     texts = report.texts
     if texts is not None:
         for key, label in TEXT_METRICS:

@@ -141,7 +141,7 @@ def _score_test(out: Output, config: RunConfig, backbone: Backbone, task: Task, 
 def _show(out: Output, config: RunConfig, result: TuneResult, test: Report | None) -> None:
     from .scores import headline, table
 
-    shown = table("", "split", "score", "value", "95 % interval", "rows")
+    shown = table("split", "score", "value", "95 % interval", "rows")
     for name, report in (("validation", result.validation), ("test", test)):
         if report is not None:
             metric, value, bounds = headline(report)
