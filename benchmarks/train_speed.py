@@ -381,6 +381,7 @@ def steps_for(precision: str, args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    about = facts(args)  # before the work: the commit and the load that it begins with
     folder = str(weights.locate(args.model, report=print).folder)
     rows = read_rows(args.data, (args.steps + 1) * args.batch)
     results = []
@@ -392,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{precision}, {tokens} soft tokens, {steps} steps of {args.batch} rows on each side ...", flush=True)
             results.append(compare(setting, steps))
     print_table(results)
-    print(json.dumps({**facts(args), "results": results}))
+    print(json.dumps({**about, "results": results}))
     return 0
 
 
