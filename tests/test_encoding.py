@@ -403,3 +403,17 @@ def test_the_tokenizer_of_smollm2() -> None:
     assert tokenizer.decode(row.ids[row.answer : -1]) == fields["answer"]
     assert made.end == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
     assert sum(i in PieceTokenizer(tokenizer).control for i in row.ids) == 6  # three turns begun, two ended, the answer
+
+
+def test_a_tokenizer_written_in_python() -> None:
+    """One that knows no offsets: bytes, one token each, as ByT5's."""
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    fields = {"a": "schön </s> <extra_id_0>" + "x" * 40, "x": "gut <pad>"}
+    row, cut = Encoder(Template.make("{soft}Read: {a}\n", "{x}"), tokenizer, 3).row(fields)
+    assert cut == 0
+    assert row.ids[row.answer :] == (*(byte + 3 for byte in b"gut <pad>"), tokenizer.eos_token_id)
+    assert row.ids[3 : row.answer] == tuple(byte + 3 for byte in f"Read: {fields['a']}\n".encode())
+    short, cut = Encoder(Template.make("{soft}Read: {a}\n", "{x}"), tokenizer, 3, 60).row(fields)
+    assert (len(short.ids), cut) == (60, len(row.ids) - 60)
