@@ -190,6 +190,8 @@ def load_config(
                 [*problems, f"resume: {resume} is not the folder of a run started here: it has no {CONFIG_FILE}"]
             )
     data = {} if path is None else read_yaml(Path(path), problems)
+    if resume is not None and "tuning" in data:
+        raise ConfigError(f"resume: the run in {resume} was started from Python; go on with tune(..., resume=True)")
     if resume is not None and data.get("run") is not None:
         data["run"] = str(resume)  # the folder may have been moved
     return check_config({**data, **above}, problems)

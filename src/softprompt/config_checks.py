@@ -15,6 +15,7 @@ from .tables import read_table
 from .templates import Template
 
 INITIALISERS = ("text", "labels", "vocabulary", "random")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "float64")
 CHEAP_BYTES = 32 << 20  # a table up to this size is read to check its columns
 Values = Mapping[str, Any]
 
@@ -52,9 +53,19 @@ def _model(values: Values) -> Iterator[str]:
         and not Path(model).expanduser().exists()
     ):
         yield f"model: no file or folder {model}"
-    device = values.get("device")
-    if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        yield f"device: expected cpu, cuda, cuda:NUMBER or mps, found '{device}'"
+    yield from device_problems(values.get("device"))
+
+
+def device_problems(device: str | None) -> list[str]:
+    """What is wrong with the name of a device."""
+    if device is None or re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        return []
+    return [f"device: expected cpu, cuda, cuda:NUMBER or mps, found '{device}'"]
+
+
+def precision_problems(precision: str) -> list[str]:
+    """What is wrong with the name of a precision."""
+    return [] if precision in PRECISIONS else [f"precision: expected {', '.join(PRECISIONS)}, found '{precision}'"]
 
 
 def _files(values: Values) -> Iterator[str]:

@@ -26,8 +26,8 @@ class Called:
         return json.loads(self.out)
 
 
-def make_model(folder: Path, width: int = 32, seed: int = 0) -> Path:
-    """A Llama of random weights that reads bytes, with a context of 128 tokens."""
+def make_model(folder: Path, width: int = 32, seed: int = 0, context: int = 128) -> Path:
+    """A Llama of random weights that reads bytes, by default with a context of 128 tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
@@ -43,7 +43,7 @@ def make_model(folder: Path, width: int = 32, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         bos_token_id=1,
         eos_token_id=2,
     )

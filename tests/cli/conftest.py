@@ -54,7 +54,7 @@ def train_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Path:
-    """A folder with reviews.jsonl, runs/reviews (and its real report) and prompts/reviews, made by `softprompt tune`."""
+    """Folder with reviews.jsonl, runs/reviews (and its real report) and prompts/reviews, made by `softprompt tune`."""
     folder = tmp_path_factory.mktemp("tuned")
     write_rows(folder / "reviews.jsonl", reviews())
     arguments = ["tune", "--model", model_folder, "--train", str(folder / "reviews.jsonl"), *TEMPLATE, "--quiet"]

@@ -157,6 +157,11 @@ def test_bad_files(good: list[str], tmp_path: Path, text: str, expected: str) ->
     assert problems(*good, path=Path("c.yaml"))[0].startswith(expected)
 
 
+def test_resume_of_a_run_from_python(good: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: x\ntuning: {tokens: 3}\n")
+    assert "was started from Python" in problems("resume=.")[0]
+
+
 def test_no_file(good: list[str]) -> None:
     assert problems(*good, path=Path("no.yaml")) == ["no config file no.yaml"]
 

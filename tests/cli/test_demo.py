@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_material import Called, reviews
+from cli_material import Called, make_model, reviews
 
 import softprompt.demo_data
 from softprompt import SoftPrompt
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("plain_report")
 
 
 @pytest.fixture
-def demo(cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch) -> Cli:
+def demo(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     def write(folder: Path, train: int, test: int, seed: int) -> dict[str, Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for split, count in (("train", 32), ("validation", 12), ("test", 12)):
@@ -28,7 +28,8 @@ def demo(cli: Cli, model_folder: str, monkeypatch: pytest.MonkeyPatch) -> Cli:
         return {split: folder / f"{split}.csv" for split in ("train", "validation", "test")}
 
     monkeypatch.setattr(softprompt.demo_data, "write_movie_reviews", write)
-    return lambda *more: cli("demo", "--model", model_folder, *more)
+    model = make_model(tmp_path / "model", context=512)
+    return lambda *more: cli("demo", "--model", model, *more)
 
 
 def test_demo(demo: Cli, cli: Cli) -> None:

@@ -61,6 +61,14 @@ def test_evaluate_without_prompt(cli: Cli, prompt: str, data: str, model_folder:
     assert by_prompt["loss"] == pytest.approx(by_template["loss"])
 
 
+def test_evaluate_chat(cli: Cli, data: str, model_folder: str) -> None:
+    chat = "[{role: user, content: 'Review: {text}'}]"
+    template = ("--chat", chat, "--target", "{label}", "--labels", "negative,positive")
+    called = cli("evaluate", data, "--no-prompt", "--model", model_folder, *template, "--shots", 1, "--json")
+    assert called.code == 0, called.err
+    assert called.json["rows"] == 39
+
+
 def test_evaluate_shots_are_not_evaluated_on(cli: Cli, data: str, model_folder: str) -> None:
     found = cli("evaluate", data, "--no-prompt", "--model", model_folder, *TEMPLATE, "--shots", 2, "--json").json
     assert (found["rows"], found["shots"]) == (38, 2)
@@ -99,8 +107,12 @@ def test_evaluate_many_classes(cli: Cli, model_folder: str) -> None:
         (["p.jsonl"], 2, "evaluate takes PROMPT DATA (or --no-prompt DATA), found 1"),
         (["p.jsonl", "--no-prompt"], 2, "template: missing; give --input and --target"),
         (["p.jsonl", "--no-prompt", "--input", "{text}"], 2, "target: missing"),
+        (["p.jsonl", "--no-prompt", "--chat", "[", "--target", "x"], 2, "template: not YAML"),
+        (["p.jsonl", "--no-prompt", "--chat", "[1]", "--target", "x"], 2, "template: "),
         (["p.jsonl", "--no-prompt", "--input", "{text}", "--target", "{label}"], 2, "model: missing"),
         (["p.jsonl", "--no-prompt", "--input", "{texts}", "--target", "{label}"], 1, "has no column 'texts'"),
+        (["PROMPT", "p.jsonl", "--precision", "int8"], 2, "precision: expected auto, float32"),
+        (["PROMPT", "p.jsonl", "--device", "gpu"], 2, "device: expected cpu, cuda"),
         (["nowhere", "p.jsonl"], 1, "no prompt folder nowhere"),
         (["PROMPT", "nowhere.csv"], 1, "no such file: nowhere.csv"),
         (["PROMPT", "p.jsonl", "--split", "dev"], 2, "split: expected all, train, validation, test, found 'dev'"),

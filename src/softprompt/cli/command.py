@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         before = ctx.obj or {}
         json_, quiet, debug = (given.pop(name) or before.get(name, False) for name in SHARED)
         out = Output(json_, quiet, debug)
+        if not out.debug:
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings we say ourselves
         with errors_as_lines(out):
             function(out, **given)
 

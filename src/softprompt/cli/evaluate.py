@@ -10,6 +10,7 @@ import typer
 from ..errors import ConfigError
 from .command import command
 from .options import (
+    CHAT,
     DEVICE,
     FORCE,
     FORMAT,
@@ -60,6 +61,7 @@ def evaluate(
     references: Annotated[str | None, typer.Option(help="Column with a list of right texts (free text).")] = None,
     format: FORMAT = None,
     input: INPUT = None,
+    chat: CHAT = None,
     target: TARGET = None,
     labels: LABELS = None,
     model: MODEL = None,
@@ -73,7 +75,7 @@ def evaluate(
     With --no-prompt the same template is evaluated as plain text, zero-shot or with --shots worked examples.
     """
     folder, data = _what(what, no_prompt)
-    prompt, template = _prompt_and_template(folder, template_from(input, target, labels))
+    prompt, template = _prompt_and_template(folder, template_from(input, chat, target, labels))
     if split is not None and split not in SPLITS:
         raise ConfigError(f"split: expected {', '.join(SPLITS)}, found '{split}'")
     options: dict[str, Any] = {"template": template, "format": format, "references": references}

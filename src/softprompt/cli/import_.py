@@ -10,7 +10,7 @@ import typer
 
 from ..errors import BackboneMismatchError
 from .command import command
-from .options import DEVICE, INPUT, LABELS, MODEL, PRECISION, TARGET, template_from
+from .options import CHAT, DEVICE, INPUT, LABELS, MODEL, PRECISION, TARGET, load_backbone, template_from
 from .output import Output
 
 
@@ -20,6 +20,7 @@ def import_(
     adapter: Annotated[Path, typer.Argument(help="PEFT prompt-tuning or P-tuning adapter folder, or a prompt folder.")],
     folder: Annotated[Path, typer.Argument(help="Prompt folder that is written.")],
     input: INPUT = None,
+    chat: CHAT = None,
     target: TARGET = None,
     labels: LABELS = None,
     model: MODEL = None,
@@ -37,13 +38,11 @@ def import_(
 
     check_output(folder, overwrite)
     prompt = SoftPrompt.load(adapter)
-    template = template_from(input, target, labels)
+    template = template_from(input, chat, target, labels)
     if template is not None:
         prompt = replace(prompt, template=template)
     if model is not None:
-        from ..backbone import Backbone
-
-        backbone = Backbone.load(model, precision=precision, device=device, report=out.note)
+        backbone = load_backbone(out, model, None, precision, device, None)
         if prompt.width != backbone.width:
             raise BackboneMismatchError(
                 f"the prompt is {prompt.width} wide, {backbone.name} {backbone.width}; name the model it was made for"

@@ -24,6 +24,7 @@ def list_(
         raise OutputError(f"no folder {folder}; tune a prompt first, or name another folder")
     found = list_prompts(folder)
     shown = table("prompt", "model", "tokens", "placement", "score", "made", "size")
+    shown.columns[1].no_wrap, shown.columns[1].overflow, shown.columns[1].justify = False, "fold", "left"
     for each in found:
         shown.add_row(*_cells(each))
     out.show(shown if found else f"no prompts in {folder}")
@@ -38,4 +39,6 @@ def _cells(each: dict[str, Any]) -> tuple[str, ...]:
     size = f"{each['bytes'] / 1000:,.0f} kB"
     name = each["name"] + (" (broken)" if each["tokens"] is None else " (!)" if each["problems"] else "")
     made = (each["made"] or "")[:10]
-    return name, each["base_model"] or "", str(each["tokens"] or ""), each["placement"] or "", score, made, size
+    model = each["base_model"] or ""
+    model = Path(model).name if Path(model).is_absolute() else model
+    return name, model, str(each["tokens"] or ""), each["placement"] or "", score, made, size

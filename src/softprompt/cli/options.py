@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config_checks import device_problems, precision_problems
 from ..errors import ConfigError, TemplateError
 
 if TYPE_CHECKING:
@@ -39,21 +40,35 @@ LABELS = Annotated[
     str | None,
     typer.Option(help="Classes: 'a,b', or '{0: a, 1: b}' for class: word.", rich_help_panel=TEMPLATE_PANEL),
 ]
+CHAT = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Instead of --input: turns as YAML, \[{role: user, content: '{soft}{text}'}].",
+        rich_help_panel=TEMPLATE_PANEL,
+    ),
+]
 FORMAT = Annotated[str | None, typer.Option(help="Format of the file, where its name does not tell.")]
 
 
-def template_from(input: str | None, target: str | None, labels: str | None) -> Template | None:
+def template_from(input: str | None, chat: str | None, target: str | None, labels: str | None) -> Template | None:
     """The template that was given as options, None if none was. Raises ConfigError."""
+    import yaml
+
     from ..config import parse_labels, parse_value
     from ..templates import Template
 
-    if input is None and target is None and labels is None:
+    if input is None and chat is None and target is None and labels is None:
         return None
-    if input is None or target is None:
-        raise ConfigError(f"{'input' if input is None else 'target'}: missing; a template needs both input and target")
+    if target is None or (input is None and chat is None):
+        raise ConfigError(
+            f"{'target' if target is None else 'input'}: missing; a template needs input or chat, and target"
+        )
     try:
         words: Any = None if labels is None else parse_labels(parse_value("labels", labels))
-        return Template.make(input, target, labels=words)
+        turns: Any = None if chat is None else parse_value("chat", chat)
+        return Template.make(input, target, turns, words)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"template: not YAML: {getattr(error, 'problem', None) or error}") from error
     except (TemplateError, ValueError) as error:
         raise ConfigError(f"template: {error}") from error
 
@@ -62,6 +77,8 @@ def load_backbone(
     out: Output, model: str | None, prompt: SoftPrompt | None, precision: str, device: str | None, threads: int | None
 ) -> Backbone:
     """The model that was named, or the prompt's own."""
+    if wrong := [*precision_problems(precision), *device_problems(device)]:
+        raise ConfigError(wrong)
     name = model or (prompt.base_model if prompt is not None else "")
     if not name:
         raise ConfigError("model: missing; the prompt does not say which model it is for, give --model")

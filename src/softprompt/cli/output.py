@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ class Output:
     debug: bool = False
     warned: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def notes(self) -> Console:
-        """The console for what is going on (stderr)."""
+        """The console for what is going on (stderr); one for all, so that lines go above a live bar."""
         return _console(sys.stderr)
 
     @property
@@ -76,7 +77,7 @@ def _console(file: Any) -> Console:
     from rich.console import Console
 
     # Into a file or a pipe tables take the room that they need.
-    return Console(file=file, width=None if file.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH)
+    return Console(file=file, width=None if file.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH)
 
 
 def interval(bounds: Any) -> str:

@@ -101,7 +101,7 @@ class TuneProgress:
         return (time.monotonic() - self.begun) / max(1, done) * (self.steps - self.latest["step"])
 
 
-def _bar(out: Output) -> Any:
+def _bar(out: Output, transient: bool = False) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
@@ -111,7 +111,7 @@ def _bar(out: Output) -> Any:
         TextColumn("{task.fields[told]}"),
     )
     # Notes and warnings printed while the bar is live go above it.
-    return Progress(*columns, console=out.notes, redirect_stdout=False, redirect_stderr=True, refresh_per_second=4)
+    return Progress(*columns, console=out.notes, redirect_stdout=False, refresh_per_second=4, transient=transient)
 
 
 @contextmanager
@@ -128,7 +128,6 @@ def counting(out: Output, what: str) -> Iterator[Any]:
 
         yield tell
         return
-    with _bar(out) as bar:
+    with _bar(out, transient=True) as bar:
         task = bar.add_task(what, total=None, told="rows")
         yield lambda done, total: bar.update(task, completed=done, total=total)
-        bar.remove_task(task)

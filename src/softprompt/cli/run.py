@@ -12,6 +12,7 @@ import typer
 from ..errors import ConfigError, DataError, TemplateError
 from .command import command
 from .options import (
+    CHAT,
     DEVICE,
     FORCE,
     FORMAT,
@@ -40,10 +41,13 @@ SAMPLING_PANEL = "Generated text"
 @command
 def run(
     out: Output,
-    prompt: Annotated[str, typer.Argument(help="Prompt folder.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt folder.")],
     text: Annotated[
         list[str] | None,
-        typer.Argument(help="The text, or FIELD=VALUE for each field of the template; without it: standard input."),
+        typer.Argument(
+            metavar="[TEXT]",
+            help="The text, or FIELD=VALUE for each field of the template; without it: standard input.",
+        ),
     ] = None,
     file: Annotated[
         str | None,
@@ -67,6 +71,7 @@ def run(
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Divide by each label's prior.")] = False,
     format: FORMAT = None,
     input: INPUT = None,
+    chat: CHAT = None,
     target: TARGET = None,
     labels: LABELS = None,
     model: MODEL = None,
@@ -84,7 +89,7 @@ def run(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(_unescaped(each) for each in stop or ()), seed)
     loaded = SoftPrompt.load(prompt)
-    template = template_from(input, target, labels) or loaded.template
+    template = template_from(input, chat, target, labels) or loaded.template
     if template is None:
         raise TemplateError("this prompt came without a template; give --input and --target (and --labels for classes)")
     rows = _rows(template, text or [], file, format)

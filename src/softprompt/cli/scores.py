@@ -25,8 +25,10 @@ def table(*columns: str) -> Any:
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
+    for column in columns[:1]:
+        made.add_column(column, overflow="fold", min_width=min(12, len(column) + 6))
+    for column in columns[1:]:
+        made.add_column(column, justify="right", no_wrap=True)
     return made
 
 
