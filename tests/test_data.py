@@ -174,6 +174,11 @@ def test_groups_stay_together(seed: int, stratify: bool) -> None:
     assert [len(part) for part in parts] == [320, 40, 40]
 
 
+def test_rows_without_a_group_are_no_group() -> None:
+    parts = carve([{**row, "film": ""} for row in rows_of(100)], TEMPLATE, (0.8, 0.1, 0.1), 0, True, "film")
+    assert [len(part) for part in parts] == [80, 10, 10]
+
+
 def test_rows_with_the_same_input_stay_together() -> None:
     """Else a test row would have been seen in training."""
     rows = [{"text": f"text {i % 50}", "label": LABELS[i % 2]} for i in range(200)]

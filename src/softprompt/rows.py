@@ -126,7 +126,8 @@ def carve(
     units: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
         same = tuple(row[name] for name in template.fields) or index
-        units.setdefault(row[group_by] if group_by else same, []).append(index)
+        group = row[group_by] if group_by else ""
+        units.setdefault(group if group.strip() else same, []).append(index)  # no group: one of its own
     strata: dict[str, list[list[int]]] = {}
     label = template.label_field if stratify else None
     for members in units.values():
