@@ -342,7 +342,7 @@ def stream_texts(
 
 def end_tokens(backbone: Backbone, encoder: Encoder) -> list[int]:
     """Tokens that end an answer: the tokenizer's, the generation config's, and what the template trains as the end."""
-    found = {backbone.tokenizer.eos_token_id, *encoder.end[:1]}
+    found = {backbone.tokenizer.eos_token_id, *encoder.end[-1:]}
     configured = getattr(backbone.model.generation_config, "eos_token_id", None)
     found |= set(configured) if isinstance(configured, (list, tuple)) else {configured}
     return sorted(token for token in found if token is not None)
