@@ -212,7 +212,7 @@ def test_parts_are_in_file_order_and_the_division_is_by_chance() -> None:
         (
             [*rows_of(2), {"text": " ", "label": "bad"}],
             {},
-            r"row 3 has no text in the columns of the input \(text\); remove or mend",
+            "row 3 has no text in text; remove or mend",
         ),
         ([*rows_of(2), *[{"text": None, "label": "bad"}] * 2], {}, r"2 rows have no text in .* \(first: row 3\)"),
         ([{"text": "x", "label": "bad"}] * 3, {}, "all 3 training rows are of the one class 'bad'"),

@@ -34,7 +34,7 @@ def clean(
     _check_unicode(found, [*template.fields, *template.target_fields], where)
     if template.fields:
         empty = [not any(row[name].strip() for name in template.fields) for row in found]
-        _refuse(empty, where, f"no text in the columns of the input ({shorten(template.fields)})")
+        _refuse(empty, where, f"no text in {shorten(template.fields)}")
     _check_targets(found, template, where)
     if references is not None:
         _refuse([not row[references] for row in found], where, f"no reference text in {references}")
