@@ -137,7 +137,7 @@ def test_prompt_is_replaced_only_when_asked(tune: Cli) -> None:
             "label 'mixed' of row 2 is not in labels",
         ),
         ([{"text": "x", "label": "negative"}] * 9, "the one class 'negative'"),
-        ([{"text": "x", "label": "negative"}, {"text": " ", "label": "positive"}], "row 2 has no text in text"),
+        ([{"text": "x", "label": "negative"}, {"text": " ", "label": "positive"}], "row 2"),
     ],
 )
 def test_bad_rows(tune: Cli, train_file: Path, rows: list[dict[str, str]], expected: str) -> None:

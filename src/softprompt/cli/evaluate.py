@@ -91,7 +91,7 @@ def evaluate(
     backbone = load_backbone(out, model, prompt, precision, device, threads)
     if prompt is not None:
         backbone.check(prompt, force=force)
-    out.note(f"{len(rows):,} rows of {data} ({rows.name})")
+    out.note(f"{len(rows):,} rows of {data} ({'drawn by seed' if limit else rows.name})")
     from ..evaluation.generation import Sampling
     from ..evaluation.runner import evaluate as evaluate_prompt
     from .scores import report_data, report_tables
