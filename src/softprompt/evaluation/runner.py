@@ -322,7 +322,9 @@ def stream_texts(
 ) -> Any:
     """Yield (row, new text) as it comes; what was held back (see TextStream) is yielded at the end."""
     streams = streams or [TextStream(backbone.tokenizer, sampling.stop) for _ in rows]
-    contexts = [encoder.context(fields).ids for fields in rows]
+    # Room for the answer, but never by cutting more than half of what there is to read.
+    room = min(sampling.max_new_tokens, (encoder.max_tokens or backbone.context_length) // 2)
+    contexts = [encoder.context(fields, room).ids for fields in rows]
     start = constant_length(encoder, [Row(ids, len(ids)) for ids in contexts])
     tokens = generate_tokens(backbone, contexts, vectors, sampling, ends=end_tokens(backbone, encoder), start=start)
     stopped: bool | None = None
