@@ -27,7 +27,7 @@ def plain_report(monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "report.html").write_text("<html></html>")
         return folder / "report.html"
 
-    monkeypatch.setattr(softprompt.training.run, "write_run_report", write)
+    monkeypatch.setattr(softprompt.training.run, "_write_page", write)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ MODEL = "smollm2-135m"
 INPUT = "{soft}Review: {text}\nSentiment:"
 TARGET = " {label}"
 LABELS = ["negative", "positive"]
-SETTINGS: dict[str, Any] = {"tokens": 20, "epochs": 1.0, "validation_rows": 200}
+SETTINGS: dict[str, Any] = {"tokens": 20, "epochs": 1.0, "validate_every": 63, "validation_rows": 150}
 SHOTS = 4
 # The three reviews of the README.
 REVIEWS = (
@@ -46,6 +46,8 @@ def demo(
 
     2,000 reviews, a model of 135 million weights that never change, 20 soft tokens; a few minutes on two cores.
     """
+    from ..training.run import write_run_report
+
     clock = _Clock()
     task = _data(out, folder, train_rows, test_rows, seed)
     clock.lap("data")
@@ -63,6 +65,7 @@ def demo(
     prompt_folder = folder / "prompts" / "sentiment"
     result.prompt.metrics["test"] = after.to_dict(brief=True)
     result.prompt.save(prompt_folder, overwrite=True)
+    write_run_report(backbone, result, after, "test", _baselines({"zero-shot": zero, f"{SHOTS}-shot": few}))
     reports = {"zero-shot": zero, f"{SHOTS}-shot": few, "soft prompt": after}
     _show_scores(out, reports, clock)
     said = _show_reviews(out, backbone, result.prompt)
@@ -169,6 +172,13 @@ def _show_scores(out: Output, reports: dict[str, Report], clock: _Clock) -> None
     out.show(f"\n{len(next(iter(reports.values())).true):,} unseen reviews", shown)
     others = ", ".join(f"{name} {duration(clock.laps[name])}" for name in ("data", "model", "tuning"))
     out.show(f"{others}; {duration(clock.total())} in all", "")
+
+
+def _baselines(reports: dict[str, Report]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "score": report.accuracy, "low": report.interval[0], "high": report.interval[1]}
+        for name, report in reports.items()
+    ]
 
 
 def _show_reviews(out: Output, backbone: Backbone, prompt: SoftPrompt) -> list[dict[str, Any]]:

@@ -97,8 +97,9 @@ class TuneProgress:
 
     def seconds_left(self) -> float:
         """By the time that the steps of this session took, validations included."""
-        done = self.latest["step"] - self.first
-        return (time.monotonic() - self.begun) / max(1, done) * (self.steps - self.latest["step"])
+        done: int = self.latest["step"] - self.first
+        left: int = self.steps - self.latest["step"]
+        return (time.monotonic() - self.begun) / max(1, done) * left
 
 
 def _bar(out: Output, transient: bool = False) -> Any:

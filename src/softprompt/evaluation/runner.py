@@ -305,10 +305,12 @@ def generate_texts(
     """One generated text a row."""
     streams = [TextStream(backbone.tokenizer, sampling.stop) for _ in rows]
     texts = ["" for _ in rows]
+    begun: set[int] = set()
     for index, piece in stream_texts(backbone, encoder, rows, vectors, sampling, streams):
         texts[index] += piece
+        begun.add(index)
         if progress:
-            progress(index, len(rows))
+            progress(len(begun), len(rows))
     return texts
 
 

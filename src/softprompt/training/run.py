@@ -46,7 +46,8 @@ class TuneResult:
     steps: int = 0
     seconds: float = 0.0
     cut_rows: int = 0
-    notes: list[str] = field(default_factory=list)
+    initial: torch.Tensor | None = None
+    recorded: dict[str, Any] = field(default_factory=dict)
 
 
 def tune(
@@ -230,13 +231,23 @@ def _finish(
             validation = evaluate_prompt(backbone, split, prompt.vectors, max_tokens=config.max_tokens)
         prompt.metrics["validation"] = validation.to_dict(brief=True)
     if folder and reason != "interrupted":
-        page = write_run_report(
-            folder, backbone, prompt, trainer.initial, monitor.events, recorded, validation, baselines
-        )
+        page = _write_page(folder, backbone, prompt, trainer.initial, monitor.events, recorded, validation, baselines)
         summary = {"reason": reason, "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds}
         summary["validation"] = prompt.metrics.get("validation")
         (folder / "result.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    return TuneResult(prompt, monitor.events, validation, page, reason, folder, trainer.step, trainer.seconds, cut)
+    return TuneResult(
+        prompt,
+        monitor.events,
+        validation,
+        page,
+        reason,
+        folder,
+        trainer.step,
+        trainer.seconds,
+        cut,
+        trainer.initial,
+        recorded,
+    )
 
 
 def _prompt(backbone: Backbone, task: Task, trainer: Trainer, recorded: dict[str, Any], reason: str) -> SoftPrompt:
@@ -258,6 +269,25 @@ def _prompt(backbone: Backbone, task: Task, trainer: Trainer, recorded: dict[str
 
 
 def write_run_report(
+    backbone: Backbone, result: TuneResult, report: Report, split: str, baselines: Sequence[dict[str, Any]] = ()
+) -> Path | None:
+    """Write the report.html of a run anew, with the scores of `split` (say test) in place of validation's."""
+    if result.run_folder is None:
+        return None
+    return _write_page(
+        result.run_folder,
+        backbone,
+        result.prompt,
+        result.initial,
+        result.history,
+        result.recorded,
+        report,
+        baselines,
+        split,
+    )
+
+
+def _write_page(
     folder: Path,
     backbone: Backbone,
     prompt: SoftPrompt,
@@ -266,11 +296,12 @@ def write_run_report(
     recorded: dict[str, Any],
     report: Report | None,
     baselines: Sequence[dict[str, Any]] = (),
+    split: str = "validation",
 ) -> Path | None:
     """report.html of a run, or None: looking must never cost a result, so a failure here is only told."""
     from ..inspection.report import write_report
 
-    scores = {**report.to_dict(), "split": "validation"} if report else None
+    scores = {**report.to_dict(), "split": split} if report else None
     try:
         return write_report(
             folder / "report.html",
