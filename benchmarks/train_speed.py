@@ -56,7 +56,7 @@ from softprompt.training.config import TuneConfig
 
 TEMPLATE = dict(input="{soft}Review: {text}\nSentiment:", target=" {label}")
 QUICK = 2  # timed steps
-# Largest difference of loss and gradient, relative to PEFT's own. bfloat16 keeps 8 bits, and the two sides round and add
+# Largest difference of loss and gradient, relative to PEFT's. bfloat16 keeps 8 bits, and the two sides round and add
 # in different orders through all layers: 0.01 and 0.06 were seen with SmolLM2-135M, 1e-6 and 3e-6 in float32.
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (0.03, 0.15), "float64": (1e-9, 1e-8)}
 PAUSE = 0.02  # seconds between turns, in which the threads of the side that just worked go to sleep
