@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 
-from .attention import Pass, StateCache, UnsupportedAttentionError, rows_in_line
+from .attention import Pass, StateCache, rows_in_line
 from .errors import BackboneError, BackboneMismatchError
 from .prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-# Layer types whose only mixing of tokens is the attention function that the fast path replaces.
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class Backbone:
@@ -197,8 +195,10 @@ class Backbone:
     def fast(self) -> bool:
         """Whether rows may be computed in one line. Found out once, by comparing it with the plain model on noise."""
         if self._fast is None:
+            from .fast_path import why_not_in_line
+
             self._fast, self.why_plain = True, ""
-            self.why_plain = _why_not_in_line(self)
+            self.why_plain = why_not_in_line(self)
             self._fast = not self.why_plain
             if self.why_plain:
                 self._report(f"{self.name}: computed plainly, row by row ({self.why_plain}); slower, the same results")
@@ -285,35 +285,3 @@ def _fingerprint(model: Any, config: Any) -> str:
         sample = flat[index.to(flat.device)].to("cpu", torch.bfloat16).float()
         digest.update(name.encode() + str(tuple(parameter.shape)).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def _why_not_in_line(backbone: Backbone) -> str:
-    """Empty if the fast path gives the plain path's logits on random rows of this model, else the reason."""
-    config = backbone.text_config
-    strange = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
-    if strange:
-        return f"layers of type {', '.join(sorted(strange))}"
-    generator = torch.Generator().manual_seed(0)
-    shared, lengths = 3, (4, 7, 5)
-    table_std = max(backbone.embedding_rms, 1e-6)
-    noise = torch.randn(shared + sum(lengths), backbone.width, generator=generator) * table_std
-    noise = noise.to(backbone.device, backbone.dtype)
-    pieces = noise[shared:].split(list(lengths))
-    try:
-        first = Pass([shared], record=True, device=backbone.device)
-        backbone.hidden(noise[:shared], torch.arange(shared, device=backbone.device), first)
-        rows = Pass(lengths, shared=first.states(), device=backbone.device)
-        positions = torch.cat([torch.arange(shared, shared + n) for n in lengths]).to(backbone.device)
-        ours = backbone.head(backbone.hidden(noise[shared:], positions, rows)).split(list(lengths))
-    except (UnsupportedAttentionError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(backbone.dtype, 0.05)
-    for piece, logits in zip(pieces, ours, strict=True):
-        row = torch.cat([noise[:shared], piece])[None]
-        mask = torch.ones(row.shape[:2], dtype=torch.long, device=backbone.device)
-        where = torch.arange(row.shape[1], device=backbone.device)[None]
-        theirs = backbone.plain_logits(row, mask, where)[0, shared:]
-        if not (theirs - logits).abs().max() <= tolerance * (theirs - theirs.mean()).abs().max():  # NaN is no
-            return "its layers mix tokens in a way that shared states do not give"
-    return ""

@@ -23,7 +23,7 @@ MODEL = "smollm2-135m"
 INPUT = "{soft}Review: {text}\nSentiment:"
 TARGET = " {label}"
 LABELS = ["negative", "positive"]
-SETTINGS: dict[str, Any] = {"tokens": 20, "epochs": 1.0, "validate_every": 63, "validation_rows": 150}
+SETTINGS: dict[str, Any] = {"tokens": 20, "epochs": 1.0, "batch_size": 8, "validate_every": 125, "validation_rows": 150}
 SHOTS = 4
 # The three reviews of the README.
 REVIEWS = (
