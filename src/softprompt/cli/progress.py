@@ -21,7 +21,7 @@ class TuneProgress:
     def __init__(self, out: Output, resumed: int = 0):
         self.out, self.resumed = out, resumed
         self.steps, self.first, self.begun, self.told = 0, 0, 0.0, 0.0
-        self.best: float | None = None
+        self.validated: float | None = None
         self.latest: dict[str, Any] = {}
         self.rate = 0.0
         self._bar: Any = None
@@ -70,7 +70,7 @@ class TuneProgress:
 
     def _on_validation(self, event: dict[str, Any]) -> None:
         score = event["score"]
-        self.best = score if self.best is None else max(self.best, score)
+        self.validated = score
         shown = f"validation {event['metric']} {score:.3f}, loss {event['loss']:.3f}"
         self.out.note(f"step {event['step']}/{self.steps}: {shown}")
 
@@ -87,11 +87,11 @@ class TuneProgress:
         self.out.note(f"step {self.latest['step']}/{self.steps}: {self.words()}")
 
     def words(self) -> str:
-        """loss, best validation score, learning rate, examples a second, time left."""
+        """loss, last validation score, learning rate, examples a second, time left."""
         latest = self.latest
         parts = [f"loss {latest['loss']:.3f}"]
-        if self.best is not None:
-            parts.append(f"best validation {self.best:.3f}")
+        if self.validated is not None:
+            parts.append(f"validation {self.validated:.3f}")
         parts += [f"learning rate {latest['learning_rate']:.2g}", f"{self.rate:.1f} examples/s"]
         return ", ".join([*parts, f"{duration(self.seconds_left())} left"])
 

@@ -33,13 +33,24 @@ TEXT_BYTES = 1 << 30
 @dataclass
 class Validation:
     """score: higher is better (accuracy, or minus the loss). predicted: classes, empty for free text. details: what
-    the caller wants to find again for the best one."""
+    the caller wants to find again for the best one. error: the score's standard error by the number of rows."""
 
     score: float
     loss: float
     metric: str
     predicted: list[str] = field(default_factory=list)
     details: Any = None
+    error: float = 0.0
+
+    def beats(self, score: float, loss: float) -> bool:
+        """Whether this is better than a validation with `score` and `loss`.
+
+        Scores of few rows are noise: a clearly higher one wins, and among scores within one standard error the lower
+        loss does, which varies less.
+        """
+        if self.score > score + self.error:
+            return True
+        return self.score >= score - self.error and self.loss < loss
 
 
 def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -100,7 +111,7 @@ class Trainer:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.steps = planned_steps(config, len(rows))
         self.step = 0
-        self.best_score = -math.inf
+        self.best_score, self.best_loss = -math.inf, math.inf
         self.best_step = 0
         self.best = initial.clone()
         self.best_validation: Validation | None = None  # None also after resuming past it
@@ -204,9 +215,9 @@ class Trainer:
         text = majority_warning(found.predicted, 2)
         if text:
             self.monitor.warn_once(self.step, text)
-        if found.score > self.best_score:
-            self.best_score, self.best_step, self.best, self.without_gain = found.score, self.step, current, 0
-            self.best_validation = found
+        if found.beats(self.best_score, self.best_loss):
+            self.best_score, self.best_loss, self.best_validation = found.score, found.loss, found
+            self.best_step, self.best, self.without_gain = self.step, current, 0
         else:
             self.without_gain += 1
 
@@ -220,6 +231,7 @@ class Trainer:
             "step": self.step,
             "steps": self.steps,
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "best_step": self.best_step,
             "without_gain": self.without_gain,
             "seconds": self.seconds,
@@ -236,6 +248,7 @@ class Trainer:
         self.best, self.initial = tensors["best"], tensors["initial"]
         self.step, self.best_step = facts["step"], facts["best_step"]
         self.best_score = -math.inf if facts["best_score"] is None else facts["best_score"]
+        self.best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
         self.without_gain, self.seconds = facts["without_gain"], facts["seconds"]
 
 

@@ -158,7 +158,8 @@ def _validator(backbone: Backbone, task: Task, config: TuneConfig) -> Callable[[
         report = evaluate_prompt(backbone, split, vectors, max_tokens=config.max_tokens, text_scores=False)
         if report.scores is None:
             return Validation(-report.loss, report.loss, "minus loss")
-        return Validation(report.accuracy, report.loss, "accuracy", report.predicted, report)
+        error = (report.accuracy * (1 - report.accuracy) / len(split)) ** 0.5
+        return Validation(report.accuracy, report.loss, "accuracy", report.predicted, report, error)
 
     return validate
 
