@@ -36,16 +36,18 @@ def speed_lines(found: dict[str, Any]) -> list[str]:
     """Both sides' figures as a table. found: the JSON line of train_speed.py."""
     batch = found["results"][0]["batch"]
     lines = [
-        f"Tuning speed on {found['model']}, {found['data']}, batches of {batch}, both sides in one run, in turns, with equal",
-        f"loss and gradient ({found['device']}, {found['cpu']}, {found['threads']} threads; torch {found['torch']}, "
-        f"transformers {found['transformers']}, PEFT {found['peft']}; commit {found['commit']}):",
+        f"Tuning speed on {found['model']}, {found['data']}, batches of {batch}, both sides in one run and in turns,",
+        f"with equal loss and gradient ({found['device']}, {found['cpu']}, {found['threads']} threads; "
+        f"torch {found['torch']}, transformers {found['transformers']}, PEFT {found['peft']}; commit {found['commit']}):",
         "",
-        "| precision | soft tokens | PEFT, examples/s | softprompt, examples/s | ratio (quartiles) | peak memory, PEFT and softprompt |",
+        "| precision | soft tokens | PEFT, examples/s | softprompt, examples/s | ratio (quartiles) "
+        "| peak memory, PEFT and softprompt |",
         "|---|---|---|---|---|---|",
     ]
     for each in found["results"]:
         low, high = each["ratio_quartiles"]
-        memory = [f"{each[side]['peak_memory_mb']} MB" if each[side]["peak_memory_mb"] else "?" for side in ("peft", "ours")]
+        peaks = [each[side]["peak_memory_mb"] for side in ("peft", "ours")]
+        memory = [f"{peak} MB" if peak else "?" for peak in peaks]
         lines.append(
             f"| {each['precision']} | {each['tokens']} | {each['peft']['examples_per_second']:.2f} "
             f"| {each['ours']['examples_per_second']:.2f} | {each['ratio']:.2f} ({low:.2f} to {high:.2f}) "
@@ -57,10 +59,10 @@ def speed_lines(found: dict[str, Any]) -> list[str]:
 def demo_lines(found: dict[str, Any], commit: str, machine: str) -> list[str]:
     """The demo's scores as a table. found: the document of `softprompt demo --json`."""
     scores = found["scores"]
-    rows = next(iter(scores.values()))["rows"]
+    rows, minutes = next(iter(scores.values()))["rows"], found["total_seconds"] / 60
     where = ", ".join(part for part in (machine, f"commit {commit}") if part)
     lines = [
-        f"`make demo`: accuracy on {rows:,} unseen reviews, {found['total_seconds'] / 60:.1f} minutes in all ({where}):",
+        f"`make demo`: accuracy on {rows:,} unseen reviews; {minutes:.1f} minutes in all ({where}):",
         "",
         "| | accuracy | 95 % interval |",
         "|---|---|---|",

@@ -1,7 +1,6 @@
 """Write docs/cli.md, the reference of the command line, from the commands themselves.
 
-    python docs/make_reference.py            # write it
-    python docs/make_reference.py --check    # exit with 1 if it is not up to date
+`python docs/make_reference.py` writes it; with `--check` it exits with 1 if the page is not up to date.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from softprompt.config import RunConfig
 
 PAGE = Path(__file__).parent / "cli.md"
 SHARED = ("as_json", "quiet", "debug")  # on every command, told once
+COMPLETION = ("install_completion", "show_completion")  # typer's own, worded differently from version to version
 HEAD = """# The command line
 
 <!-- Written by docs/make_reference.py; change the commands and run it, not this page. -->
@@ -28,8 +28,10 @@ HEAD = """# The command line
 Exit codes: 0 done; 1 failed, or interrupted with what was done kept; 2 wrong use, found before anything was done; 130
 interrupted at once. Errors are lower-case lines on the standard error stream.
 
-In texts given as options, `{column}` stands for a field and `{soft}` for the soft tokens; write `\\n` as a real line break
-(in bash: `$'...\\n...'`, or a line break within the quotes), except in `--stop`, where `\\n` will do.
+`softprompt --install-completion` makes the shell complete commands and options.
+
+In texts given as options, `{column}` stands for a field and `{soft}` for the soft tokens. A line break has to be a real
+one (in bash: `$'...\\n...'`, or a line break within the quotes), except in `--stop`, where `\\n` will do.
 """
 
 
@@ -38,7 +40,7 @@ def reference() -> str:
     group: Any = typer.main.get_command(app)
     first = next(iter(group.commands.values()))
     parts = [HEAD, "## On every command\n", options([p for p in first.params if p.name in SHARED])]
-    parts += ["Without a command:\n", options([p for p in group.params if p.name not in SHARED])]
+    parts += ["Without a command:\n", options([p for p in group.params if p.name not in (*SHARED, *COMPLETION)])]
     parts += [section(name, command) for name, command in group.commands.items()]
     return "\n".join(parts)
 
