@@ -38,7 +38,8 @@ def speed_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"Tuning speed on {found['model']}, {found['data']}, batches of {batch}, both sides in one run and in turns,",
         f"with equal loss and gradient ({found['device']}, {found['cpu']}, {found['threads']} threads; "
-        f"torch {found['torch']}, transformers {found['transformers']}, PEFT {found['peft']}; commit {found['commit']}):",
+        f"torch {found['torch']}, transformers {found['transformers']}, PEFT {found['peft']}; "
+        f"commit {found['commit']}):",
         "",
         "| precision | soft tokens | PEFT, examples/s | softprompt, examples/s | ratio (quartiles) "
         "| peak memory, PEFT and softprompt |",
