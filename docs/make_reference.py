@@ -30,8 +30,8 @@ interrupted at once. Errors are lower-case lines on the standard error stream.
 
 `softprompt --install-completion` makes the shell complete commands and options.
 
-In texts given as options, `{column}` stands for a field and `{soft}` for the soft tokens. A line break has to be a real
-one (in bash: `$'...\\n...'`, or a line break within the quotes), except in `--stop`, where `\\n` will do.
+In texts given as options, `{column}` stands for a field and `{soft}` for the soft tokens. `\\n` typed in them
+is a line break, `\\t` a tab, and `\\\\` a backslash.
 """
 
 

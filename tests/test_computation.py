@@ -50,6 +50,28 @@ def test_plain_gradient_is_the_slope_of_the_loss(backbone, placement):
     assert (ahead - behind) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_fused_attention_for_long_rows_gives_the_same(backbone, placement, monkeypatch):
+    monkeypatch.setattr(attention, "LONG", 0)
+    rows, vectors = make_rows(placement), random_vectors(backbone)
+    plain = loss_and_gradient(backbone, rows, vectors, exact_reference=True)
+    fast = loss_and_gradient(backbone, rows, vectors)
+    assert fast.loss == pytest.approx(plain.loss, abs=1e-10)
+    torch.testing.assert_close(fast.gradient, plain.gradient, rtol=0, atol=1e-10)
+
+
+def test_threads_take_turns_on_one_model():
+    from concurrent.futures import ThreadPoolExecutor
+
+    backbone = make_backbone("llama")
+    rows, vectors = make_rows("inside"), random_vectors(backbone)
+    before, right = backbone.model.config._attn_implementation, loss_and_gradient(backbone, rows, vectors).loss
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: loss_and_gradient(backbone, rows, vectors).loss, range(60)))
+    assert found == pytest.approx([right] * 60, abs=1e-10)
+    assert backbone.model.config._attn_implementation == before
+
+
 def test_a_batch_is_the_sum_of_its_rows(backbone):
     rows, vectors = make_rows("front"), random_vectors(backbone)
     whole = loss_and_gradient(backbone, rows, vectors)

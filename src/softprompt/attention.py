@@ -24,6 +24,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 NAME = "softprompt_rows"
+# Scores of one layer that are kept for the backward pass: 16 MiB in float32. Longer rows take fused attention.
+LONG = 1 << 22
 
 
 class UnsupportedAttentionError(Exception):
@@ -92,6 +94,8 @@ class Pass:
         tokens = torch.zeros(rows * width, dtype=torch.long)
         tokens[own.flatten()] = torch.arange(int(lengths.sum()))
         self.tokens = tokens.to(self.device)  # [R * T], the token in each slot (0 where there is none)
+        before = (self.shared.size if self.shared else 0) + (self.past.size if self.past else 0)
+        self.total = before + width  # keys that a row can see at most
         self._masks: dict[int | None, torch.Tensor | None] = {}
 
     def mask(self, window: int | None) -> torch.Tensor | None:
@@ -167,19 +171,21 @@ class StateCache:
         self._bytes = 0
 
     def get(self, key: Hashable) -> States | None:
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-        return found
+        with one_at_a_time:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+            return found
 
     def put(self, key: Hashable, states: States) -> None:
         size = states.nbytes()
-        if size > self.max_bytes or key in self._kept:
-            return
-        self._kept[key] = states
-        self._bytes += size
-        while self._bytes > self.max_bytes:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes()
+        with one_at_a_time:
+            if size > self.max_bytes or key in self._kept:
+                return
+            self._kept[key] = states
+            self._bytes += size
+            while self._bytes > self.max_bytes:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes()
 
 
 class _Spread(torch.autograd.Function):
@@ -199,7 +205,7 @@ def _spread(x: torch.Tensor, rows: Pass) -> torch.Tensor:
     """[1, K, N, D] in line -> [R, K, T, D], one row each; slots without a token repeat token 0 and are never seen."""
     line = x[0].transpose(0, 1)  # [N, K, D]
     if rows.padded:
-        line = _Spread.apply(line, rows)  # type: ignore[no-untyped-call]  # [R * T, K, D]
+        line = _Spread.apply(line, rows)  # [R * T, K, D]
     return line.reshape(rows.rows, rows.width, *line.shape[1:]).transpose(1, 2)  # [R, K, T, D]
 
 
@@ -207,7 +213,7 @@ def _collect(x: torch.Tensor, rows: Pass) -> torch.Tensor:
     """[R, T, heads, D] -> [1, N, heads, D], the tokens back in line."""
     line = x.reshape(rows.rows * rows.width, *x.shape[2:])
     if rows.padded:
-        line = _Collect.apply(line, rows)  # type: ignore[no-untyped-call]
+        line = _Collect.apply(line, rows)
     return line[None]
 
 
@@ -225,6 +231,8 @@ class _Collect(torch.autograd.Function):
 
 
 _active = threading.local()
+# Which attention a model calls is a setting of the whole model, so passes of several threads take turns.
+one_at_a_time = threading.RLock()
 _KNOWN = {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "use_cache", "output_attentions"}
 
 
@@ -265,6 +273,8 @@ def _attend(
     # The query heads of one key-value head are laid out as further queries of it, so that no key is ever repeated.
     q = _spread(query, rows).reshape(count, kv_heads, group * width, size)  # [R, K, G * T, D]
     k, v = _spread(key, rows), _spread(value, rows)  # [R, K, T, D]
+    if softcap is None and q.numel() // size * rows.total > LONG:
+        return _attend_long(q, k, v, rows, layer, window)
     parts = []
     if rows.shared is not None and rows.shared.size:
         shared = (rows.shared.keys[layer][0], rows.shared.values[layer][0])  # [K, S, D]
@@ -296,6 +306,28 @@ def _attend(
     return out.reshape(count, heads, width, size).transpose(1, 2)  # [R, T, heads, D]
 
 
+def _attend_long(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Pass, layer: int, window: int | None
+) -> torch.Tensor:
+    """The same by PyTorch's fused attention, which keeps no scores: shared states are copied for each row instead."""
+    keys, values = [k], [v]
+    if rows.past is not None:
+        keys.insert(0, rows.past.keys[layer])
+        values.insert(0, rows.past.values[layer])
+    if rows.shared is not None and rows.shared.size:
+        keys.insert(0, rows.shared.keys[layer].expand(rows.rows, -1, -1, -1))
+        values.insert(0, rows.shared.values[layer].expand(rows.rows, -1, -1, -1))
+    hidden = rows.mask(window)
+    seen = None
+    if hidden is not None:
+        group = q.shape[2] // rows.width
+        seen = ~hidden[:, None, None].expand(-1, 1, group, -1, -1).reshape(hidden.shape[0], 1, q.shape[2], -1)
+    out = nn.functional.scaled_dot_product_attention(
+        q, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=seen, scale=1.0
+    )
+    return out.reshape(rows.rows, -1, rows.width, q.shape[-1]).transpose(1, 2)  # [R, T, heads, D]
+
+
 AttentionInterface.register(NAME, rows_attention)
 
 
@@ -303,11 +335,12 @@ AttentionInterface.register(NAME, rows_attention)
 def rows_in_line(model: Any, rows: Pass) -> Iterator[Pass]:
     """Within it `model` computes the rows of `rows` (its inputs have the shape [1, N, ...]); nothing else changes."""
     config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    _active.rows = rows
-    try:
-        yield rows
-    finally:
-        config._attn_implementation = before
-        _active.rows = None
+    with one_at_a_time:
+        before = config._attn_implementation
+        config._attn_implementation = NAME
+        _active.rows = rows
+        try:
+            yield rows
+        finally:
+            config._attn_implementation = before
+            _active.rows = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .attention import Pass, StateCache, rows_in_line
+from .attention import Pass, StateCache, one_at_a_time, rows_in_line
 from .errors import BackboneError, BackboneMismatchError
 from .prompt import SoftPrompt
 
@@ -131,6 +131,11 @@ class Backbone:
     def context_length(self) -> int:
         """Longest sequence the model was made for, in tokens; a very large number where the model has no limit."""
         config = self.text_config
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "longrope" in (rope.get("rope_type"), rope.get("type")):
+            # Beyond this length the model turns all positions by other factors: no state could be shared any more.
+            original = rope.get("original_max_position_embeddings")
+            return int(original or config.original_max_position_embeddings)
         found = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "seq_length")]
         return next((int(n) for n in found if n), 1 << 20)
 
@@ -140,7 +145,7 @@ class Backbone:
         config = self.text_config
         return {
             "num_layers": self.layers,
-            "num_attention_heads": int(config.num_attention_heads),
+            "num_attention_heads": int(getattr(config, "num_attention_heads", None) or 0),
             "token_dim": self.width,
             "model_type": config.model_type,
         }
@@ -155,15 +160,17 @@ class Backbone:
     def embedding_rms(self) -> float:
         """Root mean square of an entry of the embedding table: the unit of the learning rate."""
         if not hasattr(self, "_embedding_rms"):
-            self._embedding_rms = float(self.embedding_table().double().square().mean().sqrt())
+            squares = sum(float(part.double().square().sum()) for part in self.embedding_table().split(65536))
+            self._embedding_rms: float = (squares / (self.vocab_size * self.width)) ** 0.5
         return self._embedding_rms
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that stay the same for the same model whatever its precision, device or folder.
+        """Sixteen hex digits, the same for a model in float32, float64 and bfloat16, on any device, from any folder.
 
         A hash of the shape-giving configuration and, of each of up to 64 parameters spread over the model, 64 evenly
-        spaced numbers, rounded to bfloat16 (so that a model and its bfloat16 copy agree).
+        spaced numbers rounded to bfloat16, so that a model and its bfloat16 copy agree. A float16 copy does not: its
+        numbers are rounded twice.
         """
         if not self._fingerprint:
             self._fingerprint = _fingerprint(self.model, self.text_config)
@@ -195,13 +202,19 @@ class Backbone:
     def fast(self) -> bool:
         """Whether rows may be computed in one line. Found out once, by comparing it with the plain model on noise."""
         if self._fast is None:
-            from .fast_path import why_not_in_line
+            from .fast_path import sees_the_future, why_not_in_line
 
-            self._fast, self.why_plain = True, ""
+            if sees_the_future(self):
+                raise BackboneError(
+                    f"{self.name} ({type(self.model).__name__}) is not a causal model: what it says of a token depends "
+                    "on later ones; load a causal language model"
+                )
             self.why_plain = why_not_in_line(self)
             self._fast = not self.why_plain
             if self.why_plain:
-                self._report(f"{self.name}: computed plainly, row by row ({self.why_plain}); slower, the same results")
+                self._report(
+                    f"{self.name}: computed plainly, by concatenation ({self.why_plain}); slower, the same results"
+                )
         return self._fast
 
     def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor, rows: Pass) -> torch.Tensor:
@@ -224,7 +237,7 @@ class Backbone:
         given: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": False}
         if self._takes_positions:
             given["position_ids"] = positions
-        with _softmax_in_float64() if self.dtype == torch.float64 else nullcontext():
+        with one_at_a_time, _softmax_in_float64() if self.dtype == torch.float64 else nullcontext():
             logits: torch.Tensor = self.model(**given).logits
         return logits
 

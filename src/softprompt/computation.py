@@ -67,7 +67,7 @@ def shared_states(
 
 
 def _digest(vectors: torch.Tensor) -> int:
-    return int.from_bytes(hashlib.sha256(vectors.detach().cpu().numpy().tobytes()).digest()[:16], "big")
+    return int.from_bytes(hashlib.sha256(vectors.detach().cpu().float().numpy().tobytes()).digest()[:16], "big")
 
 
 @torch.no_grad()
@@ -194,13 +194,16 @@ def _pad(states: Sequence[States | None], backbone: Backbone) -> States:
     return States(keys, values, torch.tensor(lengths, device=backbone.device))
 
 
-def micro_batches(rows: Sequence[Row], start: int, budget: int) -> Iterator[list[Row]]:
-    """Rows of like length together, each micro-batch with at most `budget` own tokens (or a single longer row)."""
+def micro_batches(rows: Sequence[Row], start: int, budget: int, extra: int = 0) -> Iterator[list[Row]]:
+    """Rows of like length together, each micro-batch with at most `budget` own tokens (or a single longer row).
+
+    extra: tokens that will be added to each row.
+    """
     ordered = sorted(rows, key=lambda row: -len(row.ids))
     batch: list[Row] = []
     used = 0
     for row in ordered:
-        own = len(row.ids) - start
+        own = len(row.ids) - start + extra
         if batch and used + own > budget:
             yield batch
             batch, used = [], 0
@@ -238,10 +241,15 @@ def loss_and_gradient(
     return LossAndGradient(loss, tokens, gradient)
 
 
+def plain_budget(backbone: Backbone, budget: int) -> int:
+    """Tokens at once for the plain path, which has logits at every one of them."""
+    return min(budget, max(1, 4 * PIECE // backbone.vocab_size))
+
+
 def _plain_backward(
     backbone: Backbone, rows: Sequence[Row], leaf: torch.Tensor, at_once: int | None, budget: int
 ) -> float:
-    batches = [list(rows)] if at_once else list(micro_batches(rows, 0, budget))
+    batches = [list(rows)] if at_once else list(micro_batches(rows, 0, plain_budget(backbone, budget)))
     total = 0.0
     for batch in batches:
         grid = in_rectangle(batch, backbone.device)
@@ -293,11 +301,11 @@ def answer_log_probability(
     """log p(answer | context) summed over the answers of all rows, natural logarithm. No gradient is computed."""
     total = 0.0
     if exact_reference or not backbone.fast:
-        for batch in micro_batches(rows, 0, micro_batch_tokens):
+        for batch in micro_batches(rows, 0, plain_budget(backbone, micro_batch_tokens)):
             grid = in_rectangle(batch, backbone.device)
             embeddings = embed_with_soft(grid.ids, vectors, backbone.embed)
             logits = backbone.plain_logits(embeddings, grid.mask, grid.positions)[grid.scored]
-            total += float(log_probabilities(logits, grid.targets).double().sum())
+            total += float(log_probabilities(logits, grid.targets).cpu().double().sum())
         return total
     start = shared_length(rows)
     shared = shared_states(backbone, rows[0].ids[:start], vectors, backbone.states)
@@ -307,5 +315,5 @@ def answer_log_probability(
         hidden = backbone.hidden(embed_with_soft(line.ids, vectors, backbone.embed), line.positions, passed)
         at_once = max(1, PIECE // backbone.vocab_size)
         pieces = zip(hidden[line.scored].split(at_once), line.targets.split(at_once), strict=True)
-        total += sum(float(log_probabilities(backbone.head(h), t).double().sum()) for h, t in pieces)
+        total += sum(float(log_probabilities(backbone.head(h), t).cpu().double().sum()) for h, t in pieces)
     return total

@@ -271,10 +271,22 @@ def parse_value(key: str, text: str) -> Any:
     """What a text given for `key` on the command line means: a text field takes it as it is, others read YAML."""
     if text.strip() == "null":
         return None
+    if key in TYPED:
+        return as_typed(text)
     field = RunConfig.model_fields.get(key)
     if field is None or key == "shares" or _is_text(field.annotation):
         return text
     return parse_yaml(text)
+
+
+# Texts in which line breaks are common and backslashes are not.
+TYPED = ("input", "target", "init_text")
+
+
+def as_typed(text: str) -> str:
+    r"""A text as meant by somebody who typed it in a shell: `\n` is a line break, `\t` a tab, `\\` a backslash."""
+    meant = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda found: meant[found[0]], text)
 
 
 def _is_text(annotation: Any) -> bool:

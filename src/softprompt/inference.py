@@ -15,7 +15,7 @@ from .data import Split
 from .encoding import Encoder
 from .errors import DataError, TemplateError
 from .evaluation.generation import Sampling
-from .evaluation.runner import generate_texts, label_scores, make_encoder, stream_texts
+from .evaluation.runner import generate_texts, label_prior, label_scores, make_encoder, stream_texts
 from .prompt import SoftPrompt
 from .templates import Template
 
@@ -72,7 +72,9 @@ def classify(
     if not given:
         return []
     contexts = [encoder.context(row).ids for row in given]
-    scores = label_scores(backbone, encoder, contexts, prompt.vectors, calibrate)
+    scores = label_scores(backbone, encoder, contexts, prompt.vectors)
+    if calibrate:
+        scores = scores - label_prior(backbone, encoder, prompt.vectors)
     classes = encoder.template.classes
     return [
         Classified(classes[int(each.argmax())], dict(zip(classes, each.tolist(), strict=True)))

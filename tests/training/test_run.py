@@ -147,6 +147,19 @@ def test_early_stopping(backbone):
     assert result.reason == "no better score" and result.steps == 9
 
 
+def test_a_run_that_ended_early_stays_ended(backbone, tmp_path):
+    settings = {**SETTINGS, "learning_rate": 1e-9, "steps": 50, "patience": 2}
+    whole = sp.tune(backbone, make_task(), run_folder=tmp_path / "run", **settings)
+    again = sp.tune(backbone, make_task(), run_folder=tmp_path / "run", resume=True, **settings)
+    assert (again.reason, again.steps) == (whole.reason, whole.steps) == ("no better score", 9)
+    assert torch.equal(again.prompt.vectors, whole.prompt.vectors)
+
+
+def test_a_warning_is_given_once(backbone):
+    result = sp.tune(backbone, make_task(), **{**SETTINGS, "learning_rate": 1e-6, "steps": 12})
+    assert sum(e["event"] == "warning" and "hardly moved" in e["text"] for e in result.history) == 1
+
+
 def test_micro_batches_change_nothing_that_matters(backbone):
     whole = sp.tune(backbone, make_task(), **SETTINGS)
     split = sp.tune(backbone, make_task(), **{**SETTINGS, "micro_batch_tokens": 16})
@@ -186,6 +199,12 @@ def test_a_run_folder_that_holds_something_else(backbone, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds something that is not a run"):
         sp.tune(backbone, make_task(), run_folder=tmp_path, **SETTINGS)
+
+
+def test_a_run_folder_that_is_a_file(backbone, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(OutputError, match="is a file, not a folder"):
+        sp.tune(backbone, make_task(), run_folder=tmp_path / "run", **SETTINGS)
 
 
 def test_a_run_folder_that_holds_a_run(backbone, undisturbed):

@@ -66,7 +66,8 @@ def template_from(input: str | None, chat: str | None, target: str | None, label
     try:
         words: Any = None if labels is None else parse_labels(parse_value("labels", labels))
         turns: Any = None if chat is None else parse_value("chat", chat)
-        return Template.make(input, target, turns, words)
+        read: Any = None if input is None else parse_value("input", input)
+        return Template.make(read, parse_value("target", target), turns, words)
     except yaml.YAMLError as error:
         raise ConfigError(f"template: not YAML: {getattr(error, 'problem', None) or error}") from error
     except (TemplateError, ValueError) as error:

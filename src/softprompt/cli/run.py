@@ -84,10 +84,11 @@ def run(
 
     Classes come with probabilities; generated text is written as it comes.
     """
+    from ..config import as_typed
     from ..evaluation.generation import Sampling
     from ..prompt import SoftPrompt
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, tuple(_unescaped(each) for each in stop or ()), seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, tuple(as_typed(each) for each in stop or ()), seed)
     loaded = SoftPrompt.load(prompt)
     template = template_from(input, chat, target, labels) or loaded.template
     if template is None:
@@ -170,11 +171,6 @@ def _lines(file: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text (byte {error.start}); convert it first") from error
     return text.splitlines()
-
-
-def _unescaped(text: str) -> str:
-    r"""A stop text as meant: `\n` typed in a shell is a line break."""
-    return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 # --- what to say -----------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def generate_tokens(
     *,
     ends: Sequence[int] = (),
     start: int | None = None,
-    micro_batch_tokens: int = 2048,
+    micro_batch_tokens: int = 8192,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as they come, for rows of context ids (soft token i is -(i + 1)). End tokens are not yielded.
 
@@ -85,7 +85,7 @@ def generate_tokens(
     rows = [Row(tuple(ids), len(ids)) for ids in contexts]
     start = shared_length(rows) if start is None else start
     places = {id(row): index for index, row in enumerate(rows)}
-    for batch in micro_batches(rows, start, micro_batch_tokens):
+    for batch in micro_batches(rows, start, micro_batch_tokens, extra=sampling.max_new_tokens):
         opened = [_Open.start(places[id(row)], row.ids, sampling.seed) for row in batch]
         yield from _generate_batch(backbone, batch, opened, start, vectors, sampling, frozenset(ends))
 
@@ -180,7 +180,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     """The next token of one row from its logits [V]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits.double().cpu() / sampling.temperature, dim=-1)
+    probabilities = torch.softmax(logits.cpu().double() / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(descending=True)
         outside = ordered.cumsum(0) - ordered >= sampling.top_p  # the most probable token always stays
@@ -207,7 +207,12 @@ def _plain_tokens(
             return
         with torch.no_grad():
             last = torch.tensor([[token]], device=backbone.device)
-            out = backbone.model(input_ids=last, past_key_values=out.past_key_values, use_cache=True)
+            past = getattr(out, "past_key_values", None)
+            if past is not None:
+                out = backbone.model(input_ids=last, past_key_values=past, use_cache=True)
+            else:  # another kind of memory, or none: the whole sequence again
+                line = torch.cat([line, last], dim=1)
+                out = backbone.model(inputs_embeds=embed_with_soft(line, vectors, backbone.embed))
 
 
 class TextStream:

@@ -226,10 +226,9 @@ def label_scores(
     encoder: Encoder,
     contexts: Sequence[Ids],
     vectors: torch.Tensor | None,
-    calibrate: bool = False,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """log p(label words | context), optionally less the label's own prior: [N, C]."""
+    """log p(label words | context): [N, C]."""
     rows = [Row(tuple(ids), len(ids)) for ids in contexts]
     start = constant_length(encoder, rows)
     answers = encoder.answers()
@@ -241,11 +240,13 @@ def label_scores(
         if progress:
             progress(finished, len(rows))
 
-    scores = score_labels(backbone, [row.ids for row in rows], answers, vectors, start=start, advance=advance)
-    if calibrate:
-        empty = encoder.context(dict.fromkeys(encoder.template.fields, "N/A")).ids
-        scores = scores - score_labels(backbone, [empty], answers, vectors)
-    return scores
+    return score_labels(backbone, [row.ids for row in rows], answers, vectors, start=start, advance=advance)
+
+
+def label_prior(backbone: Backbone, encoder: Encoder, vectors: torch.Tensor | None) -> torch.Tensor:
+    """log p(label words | the context of the text "N/A"): [1, C] (Zhao et al. 2021, arXiv:2102.09690)."""
+    empty = encoder.context(dict.fromkeys(encoder.template.fields, "N/A")).ids
+    return score_labels(backbone, [empty], encoder.answers(), vectors)
 
 
 def _evaluate_classes(
@@ -258,12 +259,13 @@ def _evaluate_classes(
     progress: Progress | None,
 ) -> Report:
     classes = list(split.template.classes)
-    scores = label_scores(backbone, encoder, contexts, vectors, calibrate, progress)
+    raw = label_scores(backbone, encoder, contexts, vectors, progress)
+    scores = raw - label_prior(backbone, encoder, vectors) if calibrate else raw
     probabilities = torch.softmax(scores, dim=1)
     true = split.labels
     predicted = [classes[i] for i in scores.argmax(dim=1).tolist()]
     right = torch.tensor([classes.index(label) for label in true])
-    loss = float(-scores.gather(1, right[:, None]).mean())
+    loss = float(-raw.gather(1, right[:, None]).mean())
     measured = classification_scores(true, predicted, probabilities.numpy(), classes)
     return Report(measured, None, loss, true, predicted, [], probabilities)
 

@@ -9,7 +9,7 @@ import torch
 
 from ..attention import Pass, States
 from ..backbone import Backbone
-from ..computation import micro_batches, shared_states
+from ..computation import micro_batches, plain_budget, shared_states
 from ..losses import PIECE, log_probabilities
 from ..placement import Row, embed_with_soft, in_line, in_rectangle, shared_length
 
@@ -81,7 +81,7 @@ def score_labels(
     shared = shared_states(backbone, rows[0].ids[:start], vectors, backbone.states)
     scores = torch.empty(len(rows), len(answers), dtype=torch.float64)
     places = {id(row): index for index, row in enumerate(rows)}
-    for batch in micro_batches(rows, start, micro_batch_tokens):
+    for batch in micro_batches(rows, start, micro_batch_tokens, extra=len(tree.tokens)):
         where = [places[id(row)] for row in batch]
         scores[where] = _batch_scores(backbone, batch, start, shared, vectors, tree)
         done(len(batch))
@@ -118,7 +118,7 @@ def _sum_steps(backbone: Backbone, states: torch.Tensor, tree: LabelTree) -> tor
     for piece in states.split(at_once):
         logits = backbone.head(piece).to(torch.promote_types(torch.float32, piece.dtype))  # [r, 1 + nodes, V]
         chosen = logits[:, nodes, tokens] - logits.logsumexp(dim=-1)[:, nodes]
-        found.append(chosen.double().cpu())
+        found.append(chosen.cpu().double())
     each = torch.cat(found)  # [R, pairs]
     return torch.stack([each[:, [column[pair] for pair in path]].sum(dim=1) for path in tree.steps], dim=1)
 
@@ -135,11 +135,11 @@ def _plain_scores(
     for index, row in enumerate(rows):
         whole = [Row(row.ids + answer, row.answer) for answer in answers]
         column = {id(each): c for c, each in enumerate(whole)}
-        for batch in micro_batches(whole, 0, budget):
+        for batch in micro_batches(whole, 0, plain_budget(backbone, budget)):
             grid = in_rectangle(batch, backbone.device)
             embeddings = embed_with_soft(grid.ids, vectors, backbone.embed)
             logits = backbone.plain_logits(embeddings, grid.mask, grid.positions)[grid.scored]
-            each = log_probabilities(logits, grid.targets).double().cpu()
+            each = log_probabilities(logits, grid.targets).cpu().double()
             sizes = [len(one.ids) - one.answer for one in batch]
             for one, part in zip(batch, each.split(sizes), strict=True):
                 scores[index, column[id(one)]] = part.sum()

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..atomic import write_atomic
 from ..backbone import Backbone
 from ..data import Task
 from ..errors import ConfigError, OutputError
@@ -44,6 +45,8 @@ def prepare(folder: Path | None, resume: bool, recorded: dict[str, Any], config_
             raise ConfigError("resume needs the run folder of the run to go on with")
         return None
     saved = folder / "run.json"
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file, not a folder for a run; choose another run folder")
     if resume:
         return _resumable(folder, saved, recorded)
     if folder.exists() and any(folder.iterdir()) and not saved.exists():
@@ -57,7 +60,7 @@ def prepare(folder: Path | None, resume: bool, recorded: dict[str, Any], config_
             raise OutputError(
                 f"only {free >> 20} MiB free at {folder}, {NEEDED_BYTES >> 20} MiB are needed; make room first"
             )
-        saved.write_text(json.dumps(recorded, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+        write_atomic(saved, json.dumps(recorded, indent=2, ensure_ascii=False, default=str).encode())
         (folder / "config.yaml").write_text(
             config_text
             or yaml.safe_dump(json.loads(saved.read_text(encoding="utf-8")), sort_keys=False, allow_unicode=True),
@@ -72,7 +75,10 @@ def prepare(folder: Path | None, resume: bool, recorded: dict[str, Any], config_
 def _resumable(folder: Path, saved: Path, recorded: dict[str, Any]) -> Checkpoint | None:
     if not saved.exists():
         raise OutputError(f"{folder} holds no run to resume (no run.json); start it without --resume")
-    before = json.loads(saved.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot read {saved}: {error}; start the run anew in another folder") from error
     now = json.loads(json.dumps(recorded, default=str))
     keys = ("fingerprint", "precision", "device", "template", "data_sha256", "tuning")
     changed = [key for key in keys if before.get(key) != now.get(key)]

@@ -26,6 +26,7 @@ from .parameters import make_optimizer, make_parameters
 from .schedule import learning_rate_factor
 from .world import World
 
+NO_GAIN = "no better score"
 # Memory for the states of texts that no soft token precedes; where those of all rows do not fit, none are kept.
 TEXT_BYTES = 1 << 30
 
@@ -43,7 +44,7 @@ class Validation:
     error: float = 0.0
 
     def beats(self, score: float, loss: float) -> bool:
-        """Whether this is better than a validation with `score` and `loss`.
+        """Whether this is better than the best so far: `score` the highest of all, `loss` that of the best.
 
         Scores of few rows are noise: a clearly higher one wins, and among scores within one standard error the lower
         loss does, which varies less.
@@ -112,6 +113,7 @@ class Trainer:
         self.steps = planned_steps(config, len(rows))
         self.step = 0
         self.best_score, self.best_loss = -math.inf, math.inf
+        self.top_score = -math.inf  # of all validations; what "within one standard error" is measured from
         self.best_step = 0
         self.best = initial.clone()
         self.best_validation: Validation | None = None  # None also after resuming past it
@@ -122,6 +124,9 @@ class Trainer:
         """Train to the end; returns why it ended: "finished", "no better score", or "interrupted"."""
         if keep_texts(self.backbone, self.rows, self.start, self.texts):
             self.monitor.tell("texts", self.step, rows=len(self.rows))
+        if self._without_gain():  # resumed after its end
+            self.monitor.add("end", self.step, reason=NO_GAIN)
+            return NO_GAIN
         order = batches(len(self.rows), self.config.batch_size, self.steps, self.config.seed)
         reason = "finished"
         for number, indices in enumerate(order):
@@ -130,8 +135,8 @@ class Trainer:
             self._train_step(self.world.share([self.rows[i] for i in indices]), len(indices))
             if self.step % self._validation_interval() == 0 or self.step == self.steps:
                 self._validate()
-            if self.config.patience and self.without_gain >= self.config.patience and self.step < self.steps:
-                reason = "no better score"
+            if self._without_gain():
+                reason = NO_GAIN
             elif self.stop() and self.step < self.steps:
                 reason = "interrupted"
             last = self.step == self.steps or reason != "finished"
@@ -141,6 +146,10 @@ class Trainer:
                 break
         self.monitor.add("end", self.step, reason=reason)
         return reason
+
+    def _without_gain(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.without_gain >= patience and self.step < self.steps
 
     def _train_step(self, batch: Sequence[Row], examples: int) -> None:
         begun = time.perf_counter()
@@ -193,7 +202,7 @@ class Trainer:
     def _look_after(self, vectors: torch.Tensor) -> None:
         text = movement_warning(vectors, self.initial, self.unit, self.step / self.steps)
         if text:
-            self.monitor.warn_once(self.step, text)
+            self.monitor.warn_once(self.step, text.split("(")[0].split(" to ")[0], text)
 
     def _stop_at_nonsense(self, loss: float) -> None:
         self.monitor.add("end", self.step, reason="loss is not finite")
@@ -214,8 +223,10 @@ class Trainer:
         self.monitor.add("validation", self.step, loss=found.loss, score=found.score, metric=found.metric)
         text = majority_warning(found.predicted, 2)
         if text:
-            self.monitor.warn_once(self.step, text)
-        if found.beats(self.best_score, self.best_loss):
+            self.monitor.warn_once(self.step, "every validation row", text)
+        better = found.beats(self.top_score, self.best_loss)
+        self.top_score = max(self.top_score, found.score)
+        if better:
             self.best_score, self.best_loss, self.best_validation = found.score, found.loss, found
             self.best_step, self.best, self.without_gain = self.step, current, 0
         else:
@@ -232,6 +243,7 @@ class Trainer:
             "steps": self.steps,
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "top_score": self.top_score if math.isfinite(self.top_score) else None,
             "best_step": self.best_step,
             "without_gain": self.without_gain,
             "seconds": self.seconds,
@@ -249,6 +261,7 @@ class Trainer:
         self.step, self.best_step = facts["step"], facts["best_step"]
         self.best_score = -math.inf if facts["best_score"] is None else facts["best_score"]
         self.best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
+        self.top_score = -math.inf if facts["top_score"] is None else facts["top_score"]
         self.without_gain, self.seconds = facts["without_gain"], facts["seconds"]
 
 

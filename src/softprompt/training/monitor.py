@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..errors import OutputError
+
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -40,8 +42,14 @@ class Monitor:
         entry = {"event": event, "step": step, **facts}
         self.events.append(entry)
         if self._file:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(entry) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write {self.path}: {error.strerror or error}; the last checkpoint is kept: "
+                    "make room and resume the run"
+                ) from error
         for listener in self.listeners:
             listener(entry)
 
@@ -50,8 +58,10 @@ class Monitor:
         for listener in self.listeners:
             listener({"event": event, "step": step, **facts})
 
-    def warn_once(self, step: int, text: str) -> None:
-        if not any(e["event"] == "warning" and e["text"] == text for e in self.events):
+    def warn_once(self, step: int, beginning: str, text: str) -> None:
+        """Warn, unless a warning with that `beginning` stands already; the numbers in it change from step to step."""
+        assert text.startswith(beginning)
+        if not any(e["event"] == "warning" and e["text"].startswith(beginning) for e in self.events):
             self.add("warning", step, text=text)
 
     def close(self) -> None:

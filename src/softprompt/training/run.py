@@ -73,6 +73,7 @@ def tune(
     Raises ConfigError (settings), DataError (rows), OutputError (folder), TrainingError (a loss that is not finite).
     """
     config = _settle(config, settings)
+    backbone.model.eval()  # no dropout, whatever the caller did with the model
     folder = Path(run_folder) if run_folder is not None else None
     check_init(config.init)
     listeners = (listen,) if callable(listen) else tuple(listen)
