@@ -72,7 +72,7 @@ def train(
     keep_texts(backbone, rows, start, texts)
 
     losses: list[float] = []
-    best, best_score = vectors.detach().clone(), -math.inf
+    best, top_score, best_loss = vectors.detach().clone(), -math.inf, math.inf
     rising = math.ceil(warmup * steps)
     order: list[int] = []  # examples still to come
     epoch = 0
@@ -104,12 +104,16 @@ def train(
         # Four times in a run, the vectors of the moment are judged on rows that are not trained on.
         if (step + 1) % validate_every == 0 or step + 1 == steps:
             now = vectors.detach().clone()
-            score = 0.0
-            if len(validation):
-                report = evaluate_prompt(backbone, validation, now, text_scores=False)
-                score = report.accuracy if report.scores else -report.loss
-            if score > best_score or not len(validation):
-                best, best_score = now, score
+            if not len(validation):
+                best, score = now, 0.0
+                continue
+            report = evaluate_prompt(backbone, validation, now, text_scores=False)
+            score = report.accuracy if report.scores else -report.loss
+            error = (score * (1 - score) / len(validation)) ** 0.5 if report.scores else 0.0
+            # A clearly higher score wins; among scores within one standard error, which are noise, the lower loss.
+            if score > top_score + error or (score >= top_score - error and report.loss < best_loss):
+                best, best_loss = now, report.loss
+            top_score = max(top_score, score)
             say(f"step {step + 1}/{steps}  loss {losses[-1]:.4f}  validation {score:.4f}")
     return best, losses
 
