@@ -23,7 +23,14 @@ MODEL = "smollm2-135m"
 INPUT = "{soft}Review: {text}\nSentiment:"
 TARGET = " {label}"
 LABELS = ["negative", "positive"]
-SETTINGS: dict[str, Any] = {"tokens": 20, "epochs": 1.0, "batch_size": 8, "validate_every": 125, "validation_rows": 150}
+SETTINGS: dict[str, Any] = {
+    "tokens": 20,
+    "epochs": 1.0,
+    "batch_size": 8,
+    "validate_every": 125,
+    "validation_rows": 150,
+    "init_text": "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?",
+}
 SHOTS = 4
 # The three reviews of the README.
 REVIEWS = (
