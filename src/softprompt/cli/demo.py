@@ -51,7 +51,8 @@ def demo(
 ) -> None:
     """Tune a prompt that tells good film reviews from bad ones, and see what it is worth.
 
-    2,000 reviews, a model of 135 million weights that never change, 20 soft tokens; about ten minutes on two cores without bfloat16.
+    2,000 reviews, a model of 135 million weights that never change, 20 soft tokens; about ten minutes on two cores
+    without bfloat16.
     """
     from ..training.run import write_run_report
 
