@@ -279,9 +279,9 @@ def _shared_backward(
         line = in_line(batch, starts, backbone.device)
         embeddings = embed_with_soft(line.ids, leaf, backbone.embed)
         passed = Pass(line.lengths, leaves if leaves.size else None, past, device=backbone.device)
-        hidden = backbone.hidden(embeddings, line.positions, passed)
-        loss, gradient = loss_of_hidden(hidden[line.scored], line.targets, backbone.head, backbone.vocab_size)
-        hidden[line.scored].backward(gradient)
+        scored = backbone.hidden(embeddings, line.positions, passed)[line.scored]
+        loss, gradient = loss_of_hidden(scored, line.targets, backbone.head, backbone.vocab_size)
+        scored.backward(gradient)
         total += loss
     if learns:
         pairs = [(s, g.grad) for s, g in zip(shared.keys + shared.values, leaves.keys + leaves.values, strict=True)]

@@ -212,9 +212,8 @@ def evaluate_prompt(
     if split.template.labels is not None:
         report = _evaluate_classes(backbone, split, encoder, [c.ids for c in contexts], vectors, calibrate, progress)
     else:
-        report = _evaluate_text(backbone, split, encoder, vectors, sampling if text_scores else None, progress)
-        if text_scores and sampling is None:
-            report = _evaluate_text(backbone, split, encoder, vectors, Sampling(), progress)
+        sampling = (sampling or Sampling()) if text_scores else None
+        report = _evaluate_text(backbone, split, encoder, vectors, sampling, progress)
     report.inputs, report.setting = inputs, setting
     report.cut_rows = sum(1 for c in contexts if c.cut)
     report.seconds = time.perf_counter() - begun
@@ -305,10 +304,9 @@ def generate_texts(
     progress: Progress | None = None,
 ) -> list[str]:
     """One generated text a row."""
-    streams = [TextStream(backbone.tokenizer, sampling.stop) for _ in rows]
     texts = ["" for _ in rows]
     begun: set[int] = set()
-    for index, piece in stream_texts(backbone, encoder, rows, vectors, sampling, streams):
+    for index, piece in stream_texts(backbone, encoder, rows, vectors, sampling):
         texts[index] += piece
         begun.add(index)
         if progress:
@@ -322,10 +320,9 @@ def stream_texts(
     rows: Sequence[dict[str, Any]],
     vectors: torch.Tensor | None,
     sampling: Sampling,
-    streams: Sequence[TextStream] | None = None,
 ) -> Any:
     """Yield (row, new text) as it comes; what was held back (see TextStream) is yielded at the end."""
-    streams = streams or [TextStream(backbone.tokenizer, sampling.stop) for _ in rows]
+    streams = [TextStream(backbone.tokenizer, sampling.stop) for _ in rows]
     # Room for the answer, but never by cutting more than half of what there is to read.
     room = min(sampling.max_new_tokens, (encoder.max_tokens or backbone.context_length) // 2)
     contexts = [encoder.context(fields, room).ids for fields in rows]
