@@ -4,14 +4,17 @@ All other layers of a transformer treat each token alone, so the tokens of all r
 [1, N, H] with no padding at all. Only attention has to know which token belongs to which row. transformers lets a model
 call an attention function registered by name; the one here computes, for every row r,
 
-    keys and values seen by r  =  [ shared (the same for all rows) | past of r | own tokens of r, causal ]
+    keys and values seen by r  =  [ pieces that stand before r, one after the other | own tokens of r, causal ]
 
-`shared` is computed once for all rows (a constant text, or the soft prompt), `past` once for a row (a text that no soft
-token precedes). Softmax over the joined scores is exactly the attention over the concatenation; nothing is approximate.
+A piece is the same for all rows and computed once (a constant text, the soft prompt), or belongs to a row (a text that
+no soft token precedes, computed once for ever). What all rows share can also be computed in the same pass, at the
+beginning of the line (`lead`). Softmax over the joined scores is exactly the attention over the concatenation; nothing
+is approximate.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
@@ -49,6 +52,16 @@ class States:
         """C, tokens of the longest row."""
         return self.keys[0].shape[2] if self.keys else 0
 
+    @property
+    def shared(self) -> bool:
+        """Whether these are of one row, the same for all."""
+        return not self.keys or self.keys[0].shape[0] == 1
+
+    def of_rows(self, index: torch.Tensor) -> States:
+        """The states of some of the rows."""
+        lengths = None if self.lengths is None else self.lengths[index]
+        return States([k[index] for k in self.keys], [v[index] for v in self.values], lengths)
+
     def detached(self) -> States:
         """The same numbers as leaves that collect gradients: where the split backward pass is cut."""
         keys = [k.detach().requires_grad_() for k in self.keys]
@@ -71,17 +84,19 @@ def join(parts: Sequence[States]) -> States:
 class Pass:
     """One pass of a model over R rows whose own tokens stand in one line.
 
-    lengths: own tokens of each row. shared: states that stand before every row. past: states of each row's own
-    context, between `shared` and its own tokens. record: keep the own keys and values of each layer in `recorded`.
-    parents: own tokens form a tree (the same in every row) in which each sees its ancestors only; -1 at the root.
+    lengths: own tokens of each row. before: what stands before them, one piece after the other, each either the same
+    for all rows (States of one row) or each row's own (States of R rows). record: keep the own keys and values of each
+    layer in `recorded`. parents: own tokens form a tree (the same in every row) in which each sees its ancestors only;
+    -1 at the root. lead: so many tokens at the beginning of the line are no row: they stand before every row, after
+    all of `before`, and are computed in the same pass.
     """
 
     lengths: Sequence[int]
-    shared: States | None = None
-    past: States | None = None
+    before: Sequence[States] = ()
     record: bool = False
     device: torch.device | str = "cpu"
     parents: Sequence[int] | None = None
+    lead: int = 0
     recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,47 +109,50 @@ class Pass:
         tokens = torch.zeros(rows * width, dtype=torch.long)
         tokens[own.flatten()] = torch.arange(int(lengths.sum()))
         self.tokens = tokens.to(self.device)  # [R * T], the token in each slot (0 where there is none)
-        before = (self.shared.size if self.shared else 0) + (self.past.size if self.past else 0)
-        self.total = before + width  # keys that a row can see at most
-        self._masks: dict[int | None, torch.Tensor | None] = {}
+        self.before = [states for states in self.before if states.size]
+        assert not self.lead or all(states.shared for states in self.before), "a lead follows what all rows share"
+        self.leading = Pass([self.lead], self.before, device=self.device) if self.lead else None
+        self.total = sum(states.size for states in self.before) + self.lead + width  # keys that a row can see at most
+        self._biases: dict[int | None, torch.Tensor | None] = {}
 
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """Which keys a query may not see: bool [R or 1, T, S + C + T], True where hidden; None if all are seen.
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scores: 0 where a query may see a key, -inf where not; None if all are seen.
 
-        window: a query sees keys less than `window` positions before it (sliding-window attention).
+        Shape [R or 1, 1, 1, T, all keys]. window: a query sees keys less than `window` positions before it
+        (sliding-window attention).
         """
-        if window not in self._masks:
-            self._masks[window] = self._build_mask(window)
-        return self._masks[window]
+        if window not in self._biases:
+            hidden = self._hidden(window)
+            if hidden is not None:
+                bias = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+                self._biases[window] = bias.masked_fill_(hidden, float("-inf"))[:, None, None]
+            else:
+                self._biases[window] = None
+        return self._biases[window]
 
-    def _build_mask(self, window: int | None) -> torch.Tensor | None:
-        if self.width == 1 and self.past is None and window is None:  # one query that sees all there is
-            return None
-        shared = self.shared.size if self.shared else 0
-        past = self.past.size if self.past else 0
+    def _hidden(self, window: int | None) -> torch.Tensor | None:
+        """Which keys a query may not see: bool [R or 1, T, all keys], or None."""
+        if self.width == 1 and window is None and all(states.lengths is None for states in self.before):
+            return None  # one query that sees all there is
         dev = torch.device(self.device)
         own, own_hidden = self._own_places(dev)
-        start = torch.full((1,), shared, device=dev)  # [R or 1], position of the first own token
-        hidden_past = torch.zeros(1, 1, past, dtype=torch.bool, device=dev)
-        if self.past is not None:
-            lengths = self.past.lengths
-            if lengths is None:
-                lengths = torch.full((self.rows,), past, device=dev)
-            start = shared + lengths.to(dev)
-            hidden_past = (torch.arange(past, device=dev)[None] >= lengths.to(dev)[:, None])[:, None]  # [R, 1, C]
+        pieces: list[torch.Tensor] = []  # of keys hidden because there is no token, [R or 1, 1, size]
+        positions: list[torch.Tensor] = []  # of keys, [R or 1, size]
+        start = torch.zeros(1, dtype=torch.long, device=dev)  # [R or 1], position of the next piece in each row
+        sizes = [(states.size, states.lengths) for states in self.before] + [(self.lead, None)] * bool(self.lead)
+        for size, lengths in sizes:
+            places = torch.arange(size, device=dev)[None]
+            real = torch.full((1,), size, device=dev) if lengths is None else lengths.to(dev)
+            pieces.append((places >= real[:, None])[:, None])
+            positions.append(start[:, None] + places)
+            start = start + real
         rows = start.shape[0]
-        hidden = torch.cat(
-            [
-                torch.zeros(rows, self.width, shared, dtype=torch.bool, device=dev),
-                hidden_past.expand(rows, self.width, past),
-                own_hidden.expand(rows, -1, -1),
-            ],
-            dim=2,
-        )
+        pieces = [piece.expand(rows, self.width, -1) for piece in pieces]
+        hidden = torch.cat([*pieces, own_hidden.expand(rows, -1, -1)], dim=2)
         if window is not None:
-            before = torch.arange(shared + past, device=dev).expand(rows, -1)  # positions of shared and past keys
-            positions = torch.cat([before, start[:, None] + own], dim=1)  # [R or 1, S + C + T]
-            hidden = hidden | (start[:, None, None] + own[None, :, None] - positions[:, None, :] >= window)
+            queries = start[:, None] + own  # [R or 1, T]
+            keys = torch.cat([*(p.expand(rows, -1) for p in positions), queries], dim=1)
+            hidden = hidden | (queries[:, :, None] - keys[:, None, :] >= window)
         return hidden
 
     def _own_places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +173,7 @@ class Pass:
         layers = range(len(self.recorded))
         keys = [_spread(self.recorded[i][0], self) for i in layers]
         values = [_spread(self.recorded[i][1], self) for i in layers]
-        return States(keys, values, torch.as_tensor(self.lengths, device=self.device))
+        return States(keys, values, torch.as_tensor(self.lengths, device=self.device) if self.padded else None)
 
 
 class StateCache:
@@ -255,8 +273,15 @@ def rows_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if rows.record:
         rows.recorded[layer] = (key, value)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _collect(_attend(query * scale, key, value, rows, layer, sliding_window, softcap), rows), None
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    attend = functools.partial(_attend, layer=layer, window=sliding_window, softcap=softcap)
+    if not rows.leading:
+        return attend(query, key, value, rows), None
+    n = rows.lead
+    lead = (key[:, :, :n], value[:, :, :n])
+    first = attend(query[:, :, :n], *lead, rows.leading)
+    rest = attend(query[:, :, n:], key[:, :, n:], value[:, :, n:], rows, lead=lead)
+    return torch.cat([first, rest], dim=1), None
 
 
 def _attend(
@@ -264,67 +289,56 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     rows: Pass,
+    *,
     layer: int,
     window: int | None,
     softcap: float | None,
+    lead: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
+    """Own tokens in line, [1, heads or K, N, D] each, over all that stands before them: [1, N, heads, D]."""
     heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[-1]
     group, count, width = heads // kv_heads, rows.rows, rows.width
     # The query heads of one key-value head are laid out as further queries of it, so that no key is ever repeated.
     q = _spread(query, rows).reshape(count, kv_heads, group * width, size)  # [R, K, G * T, D]
-    k, v = _spread(key, rows), _spread(value, rows)  # [R, K, T, D]
+    pieces = [(states.keys[layer], states.values[layer]) for states in rows.before]
+    pieces += [lead] if lead else []
+    pieces.append((_spread(key, rows), _spread(value, rows)))  # [R or 1, K, size, D] each
     if softcap is None and q.numel() // size * rows.total > LONG:
-        return _attend_long(q, k, v, rows, layer, window)
-    parts = []
-    if rows.shared is not None and rows.shared.size:
-        shared = (rows.shared.keys[layer][0], rows.shared.values[layer][0])  # [K, S, D]
-        by_head = q.transpose(0, 1).reshape(kv_heads, count * group * width, size)
-        scores = (by_head @ shared[0].transpose(1, 2)).view(kv_heads, count, group * width, -1).transpose(0, 1)
-        parts.append(scores)  # [R, K, G * T, S], one product for all rows
-    if rows.past is not None:
-        parts.append(q @ rows.past.keys[layer].transpose(2, 3))  # [R, K, G * T, C]
-    parts.append(q @ k.transpose(2, 3))  # [R, K, G * T, T]
+        return _collect(_attend_long(q, pieces, rows, window), rows)
+    parts = [_times(q, k.transpose(2, 3)) for k, _ in pieces]  # [R, K, G * T, size] each
     scores = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    hidden = rows.mask(window)
-    if hidden is not None:
-        scores = scores.reshape(count, kv_heads, group, width, -1)
-        scores = scores.masked_fill(hidden[:, None, None], float("-inf")).reshape(count, kv_heads, group * width, -1)
+    bias = rows.bias(window, scores.dtype)
+    if bias is not None:
+        scores.view(count, kv_heads, group, width, -1).add_(bias)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
-    out, start = None, 0
-    if rows.shared is not None and rows.shared.size:
-        start = rows.shared.size
-        by_head = weights[..., :start].transpose(0, 1).reshape(kv_heads, count * group * width, start)
-        out = (by_head @ shared[1]).view(kv_heads, count, group * width, size).transpose(0, 1)
-    if rows.past is not None:
-        end = start + rows.past.size
-        seen = weights[..., start:end] @ rows.past.values[layer]
-        out, start = seen if out is None else out + seen, end
-    own = weights[..., start:] @ v
-    out = own if out is None else out + own  # [R, K, G * T, D]
-    return out.reshape(count, heads, width, size).transpose(1, 2)  # [R, T, heads, D]
+    split = weights.split([k.shape[2] for k, _ in pieces], dim=-1)
+    seen = [_times(w, v) for w, (_, v) in zip(split, pieces, strict=True)]
+    out = functools.reduce(torch.add, seen)  # [R, K, G * T, D]
+    return _collect(out.reshape(count, heads, width, size).transpose(1, 2), rows)
+
+
+def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b for a [R, K, X, Y] and b [R, K, Y, Z], or b [1, K, Y, Z] that all rows share: then one product for all."""
+    rows, kv_heads, size = a.shape[0], a.shape[1], a.shape[2]
+    if b.shape[0] == rows:
+        return a @ b
+    by_head = a.transpose(0, 1).reshape(kv_heads, rows * size, a.shape[3])
+    return (by_head @ b[0]).view(kv_heads, rows, size, -1).transpose(0, 1)
 
 
 def _attend_long(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Pass, layer: int, window: int | None
+    q: torch.Tensor, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: Pass, window: int | None
 ) -> torch.Tensor:
     """The same by PyTorch's fused attention, which keeps no scores: shared states are copied for each row instead."""
-    keys, values = [k], [v]
-    if rows.past is not None:
-        keys.insert(0, rows.past.keys[layer])
-        values.insert(0, rows.past.values[layer])
-    if rows.shared is not None and rows.shared.size:
-        keys.insert(0, rows.shared.keys[layer].expand(rows.rows, -1, -1, -1))
-        values.insert(0, rows.shared.values[layer].expand(rows.rows, -1, -1, -1))
-    hidden = rows.mask(window)
-    seen = None
-    if hidden is not None:
+    keys = torch.cat([k.expand(rows.rows, -1, -1, -1) for k, _ in pieces], dim=2)
+    values = torch.cat([v.expand(rows.rows, -1, -1, -1) for _, v in pieces], dim=2)
+    bias = rows.bias(window, q.dtype)
+    if bias is not None:
         group = q.shape[2] // rows.width
-        seen = ~hidden[:, None, None].expand(-1, 1, group, -1, -1).reshape(hidden.shape[0], 1, q.shape[2], -1)
-    out = nn.functional.scaled_dot_product_attention(
-        q, torch.cat(keys, dim=2), torch.cat(values, dim=2), attn_mask=seen, scale=1.0
-    )
+        bias = bias[:, 0].expand(-1, group, -1, -1).reshape(bias.shape[0], 1, q.shape[2], -1)
+    out = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=1.0)
     return out.reshape(rows.rows, -1, rows.width, q.shape[-1]).transpose(1, 2)  # [R, T, heads, D]
 
 

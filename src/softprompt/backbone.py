@@ -232,9 +232,16 @@ class Backbone:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
-    def plain_logits(self, embeddings: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The model's own forward over right-padded rows: [B, T, H], [B, T], [B, T] -> [B, T, V]. The reference."""
-        given: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": False}
+    def plain_logits(
+        self, embeddings: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
+        """The model's own forward over right-padded rows: [B, T, H], [B, T], [B, T] -> [B, T, V]. The reference.
+
+        cache: transformers' own, with what stands before (the mask then covers that too); it grows by these tokens.
+        """
+        given: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": cache is not None}
+        if cache is not None:
+            given["past_key_values"] = cache
         if self._takes_positions:
             given["position_ids"] = positions
         with one_at_a_time, _softmax_in_float64() if self.dtype == torch.float64 else nullcontext():

@@ -6,59 +6,106 @@ A row of ids is cut where the rules of a causal model allow:
     [ constant text | soft tokens and text |                                |          ]
       once a process  once an optimiser step  once a row, kept                 each step
 
-"Once a step" is done as a split backward pass: the states of the shared part are computed with a graph, then cut off as
-leaves; every micro-batch adds its gradient to the leaves; at the end one backward pass goes through the few shared
-tokens. The plain reference (`exact_reference=True`) concatenates everything in every row and asks the model itself.
-Both give the same loss and the same gradient (tests/test_computation.py, to 1e-10 in float64).
+"Once a step" is one pass with the rows, where they are one micro-batch. Where they are more it is a split backward
+pass: the states of the shared part are computed with a graph, then cut off as leaves; every micro-batch adds its
+gradient to the leaves; at the end one backward pass goes through the few shared tokens. A deep prompt is states from
+the start. The plain reference (`exact_reference=True`) concatenates everything in every row and asks the model itself.
+All give the same loss and the same gradient (tests/test_computation.py, to 1e-10 in float64).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .attention import Pass, StateCache, States, join
 from .backbone import Backbone
+from .errors import TemplateError
 from .losses import PIECE, log_probabilities, loss_of_hidden, summed_cross_entropy
-from .placement import Row, embed_with_soft, first_soft, in_line, in_rectangle, shared_length
+from .placement import Line, Row, embed_with_soft, first_soft, in_line, in_rectangle, shared_length
+from .rotary import moved
+
+Ids = tuple[int, ...]
 
 
 @dataclass
 class LossAndGradient:
-    """loss: natural-log cross-entropy summed over `tokens` label tokens. gradient: d loss / d vectors, [P, H]."""
+    """loss: natural-log cross-entropy summed over `tokens` label tokens. gradient: d loss / d vectors, same shape."""
 
     loss: float
     tokens: int
     gradient: torch.Tensor
 
 
+def is_deep(vectors: torch.Tensor | None) -> bool:
+    """Whether a prompt is keys and values in each layer, [L, 2, K, P, D], and not vectors [P, H]."""
+    return vectors is not None and vectors.ndim == 5
+
+
+def prompt_length(vectors: torch.Tensor | None) -> int:
+    """P, the number of soft tokens of a prompt of either kind; 0 without one."""
+    return 0 if vectors is None else vectors.shape[3 if is_deep(vectors) else 0]
+
+
+def deep_states(backbone: Backbone, vectors: torch.Tensor) -> States:
+    """A deep prompt as the states of P tokens at positions 0 to P - 1."""
+    cast = vectors.to(backbone.device, backbone.dtype)
+    return States([layer[0][None] for layer in cast], [layer[1][None] for layer in cast])
+
+
+def split_shared(
+    backbone: Backbone, ids: Sequence[int], vectors: torch.Tensor | None, cache: StateCache | None = None
+) -> tuple[States, Ids]:
+    """Of the tokens before every row: states that need no computation now, and the tokens left to be computed.
+
+    Constant text before the first soft token comes from `cache`; a deep prompt is states already.
+    """
+    constant = first_soft(ids)
+    before = _constant_states(backbone, tuple(ids[:constant]), cache)
+    if constant < len(ids) and vectors is not None and is_deep(vectors):
+        after = constant + prompt_length(vectors)
+        if after > len(ids):
+            raise _no_tail(backbone)
+        place = torch.tensor([constant], device=backbone.device)
+        before = join([before, moved(backbone, deep_states(backbone, vectors), place)])
+        constant = after
+    return before, tuple(ids[constant:])
+
+
+def _no_tail(backbone: Backbone) -> TemplateError:
+    return TemplateError(
+        f"a deep prompt has no token of its own to answer from ({backbone.name} must read something after it): put at "
+        "least one character of text between {soft} and the answer"
+    )
+
+
 def shared_states(
     backbone: Backbone, ids: Sequence[int], vectors: torch.Tensor | None, cache: StateCache | None = None
 ) -> States:
-    """States of tokens that stand before every row: S ids (soft ones from `vectors` [P, H]) -> L x [1, K, S, D].
+    """States of tokens that stand before every row: S ids (soft ones from `vectors`) -> L x [1, K, S, D].
 
     With a graph to `vectors` where gradients are enabled. Constant text before the first soft token comes from `cache`,
     and so does the whole where no gradient is wanted and the same vectors have been seen.
     """
     if not ids:
         return States([], [])
-    constant = first_soft(ids)
     key: tuple[object, ...] = ()
-    if cache and vectors is not None and constant < len(ids) and not torch.is_grad_enabled():
+    if cache and vectors is not None and first_soft(ids) < len(ids) and not torch.is_grad_enabled():
         key = ("prompt", tuple(ids), _digest(vectors))
         kept = cache.get(key)
         if kept is not None:
             return kept
-    before = _constant_states(backbone, tuple(ids[:constant]), cache)
-    if constant == len(ids):
+    before, left = split_shared(backbone, ids, vectors, cache)
+    if not left:
         return before
-    rest = torch.tensor(ids[constant:], device=backbone.device)
-    embeddings = embed_with_soft(rest, vectors, backbone.embed)
-    positions = torch.arange(constant, len(ids), device=backbone.device)
-    rows = Pass([len(rest)], shared=before if constant else None, record=True, device=backbone.device)
+    rest = torch.tensor(left, device=backbone.device)
+    embeddings = embed_with_soft(rest, None if is_deep(vectors) else vectors, backbone.embed)
+    positions = torch.arange(len(ids) - len(left), len(ids), device=backbone.device)
+    rows = Pass([len(rest)], [before], record=True, device=backbone.device)
     backbone.hidden(embeddings, positions, rows)
     states = join([before, rows.states()])
     if cache and key:
@@ -80,7 +127,6 @@ def _constant_states(backbone: Backbone, ids: tuple[int, ...], cache: StateCache
         rows = Pass([len(ids)], record=True, device=backbone.device)
         backbone.hidden(backbone.embed(line), torch.arange(len(ids), device=backbone.device), rows)
         states = rows.states()
-        states.lengths = None
         if cache:
             cache.put(("constant", ids), states)
     return states
@@ -117,6 +163,31 @@ def text_states(
     return _pad(kept, backbone), ends
 
 
+def before_rows(
+    backbone: Backbone,
+    rows: Sequence[Row],
+    start: int,
+    shared: States,
+    vectors: torch.Tensor | None,
+    cache: StateCache | None = None,
+) -> tuple[list[States], list[int]]:
+    """All that stands before each row's own tokens, and where each row goes on.
+
+    shared: states of ids[:start], the same in all rows. Then come the row's text before any soft token, and a deep
+    prompt that stands behind that text. Raises TemplateError where nothing is left to answer from.
+    """
+    past, starts = text_states(backbone, rows, start, shared, cache)
+    before = [shared, past] if past is not None else [shared]
+    if vectors is not None and is_deep(vectors) and any(id < 0 for id in rows[0].ids[start:]):
+        assert all(row.ids[begin] == -1 for row, begin in zip(rows, starts, strict=True)), "one place for a deep prompt"
+        offsets = torch.tensor(starts, device=backbone.device)
+        before.append(moved(backbone, deep_states(backbone, vectors), offsets))
+        starts = [begin + prompt_length(vectors) for begin in starts]
+        if any(begin >= row.answer for row, begin in zip(rows, starts, strict=True)):
+            raise _no_tail(backbone)
+    return before, starts
+
+
 def _text_key(row: Row, start: int, end: int) -> tuple[object, ...]:
     return ("text", start, row.ids[:end])
 
@@ -127,7 +198,7 @@ def _compute_texts(
     line = in_line(
         [Row(row.ids[:end], end) for row, end in zip(rows, ends, strict=True)], [start] * len(rows), backbone.device
     )
-    passed = Pass(line.lengths, shared if shared.size else None, record=True, device=backbone.device)
+    passed = Pass(line.lengths, [shared], record=True, device=backbone.device)
     backbone.hidden(backbone.embed(line.ids), line.positions, passed)
     fresh = passed.states()
     return [
@@ -223,7 +294,9 @@ def loss_and_gradient(
     start: int | None = None,
     cache: StateCache | None = None,
 ) -> LossAndGradient:
-    """Summed cross-entropy of the answers of `rows` given the soft prompt `vectors` [P, H], and its gradient [P, H].
+    """Summed cross-entropy of the answers of `rows` given the soft prompt `vectors`, and its gradient.
+
+    vectors: [P, H], or a deep prompt [L, 2, K, P, D]; the gradient has the same shape.
 
     exact_reference: by the plain concatenation of every row and the model's own forward, for tests and for whoever
     doubts the fast path. micro_batch_tokens bounds the memory and changes nothing else. start: how many leading ids all
@@ -234,7 +307,8 @@ def loss_and_gradient(
     leaf = vectors.detach().to(backbone.device, precise).requires_grad_()
     tokens = sum(len(row.ids) - row.answer for row in rows)
     if exact_reference or not backbone.fast:
-        loss = _plain_backward(backbone, rows, leaf, len(rows) if exact_reference else None, micro_batch_tokens)
+        batches = [rows] if exact_reference else plain_batches(backbone, rows, micro_batch_tokens)
+        loss = _plain_backward(backbone, batches, leaf)
     else:
         loss = _shared_backward(backbone, rows, leaf, micro_batch_tokens, start, cache)
     gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
@@ -246,16 +320,60 @@ def plain_budget(backbone: Backbone, budget: int) -> int:
     return min(budget, max(1, 4 * PIECE // backbone.vocab_size))
 
 
-def _plain_backward(
-    backbone: Backbone, rows: Sequence[Row], leaf: torch.Tensor, at_once: int | None, budget: int
-) -> float:
-    batches = [list(rows)] if at_once else list(micro_batches(rows, 0, plain_budget(backbone, budget)))
+def plain_batches(backbone: Backbone, rows: Sequence[Row], budget: int) -> Iterator[list[Row]]:
+    """Rows to be computed plainly, few enough at once for their logits."""
+    return micro_batches(rows, 0, plain_budget(backbone, budget))
+
+
+def plain_answers(
+    backbone: Backbone, rows: Sequence[Row], vectors: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets of the answers of `rows`, by concatenation and the model's own forward: [A, V], [A].
+
+    The reference for everything else. A deep prompt is put into transformers' own cache, row by row.
+    """
+    if vectors is not None and is_deep(vectors):
+        found = [_plain_deep_row(backbone, row, vectors) for row in rows]
+        targets = [token for row in rows for token in row.ids[row.answer :] or (-1,)]
+        return torch.cat(found), torch.tensor(targets, device=backbone.device)
+    grid = in_rectangle(rows, backbone.device)
+    embeddings = embed_with_soft(grid.ids, vectors, backbone.embed)
+    return backbone.plain_logits(embeddings, grid.mask, grid.positions)[grid.scored], grid.targets
+
+
+def _plain_deep_row(backbone: Backbone, row: Row, vectors: torch.Tensor) -> torch.Tensor:
+    end = len(row.ids) - 1 if row.answer < len(row.ids) else len(row.ids)
+    logits, _ = plain_deep_prefill(backbone, row.ids[:end], vectors)
+    return logits[row.answer - 1 - end :]
+
+
+def plain_deep_prefill(backbone: Backbone, ids: Ids, vectors: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Logits [T, V] of the tokens after a deep prompt in one row, and the model's own cache of the whole row."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    place, after = first_soft(ids), first_soft(ids) + prompt_length(vectors)
+    if after >= len(ids):
+        raise _no_tail(backbone)
+    if place:
+        _plain_piece(backbone, ids[:place], 0, cache)
+    states = moved(backbone, deep_states(backbone, vectors), torch.tensor([place], device=backbone.device))
+    for layer, (key, value) in enumerate(zip(states.keys, states.values, strict=True)):
+        cache.update(key, value, layer)
+    return _plain_piece(backbone, ids[after:], after, cache), cache
+
+
+def _plain_piece(backbone: Backbone, ids: Ids, start: int, cache: Any) -> torch.Tensor:
+    line = torch.tensor(ids, device=backbone.device)[None]
+    positions = torch.arange(start, start + len(ids), device=backbone.device)[None]
+    mask = torch.ones(1, start + len(ids), dtype=torch.long, device=backbone.device)
+    return backbone.plain_logits(backbone.embed(line), mask, positions, cache)[0]
+
+
+def _plain_backward(backbone: Backbone, batches: Iterable[Sequence[Row]], leaf: torch.Tensor) -> float:
     total = 0.0
     for batch in batches:
-        grid = in_rectangle(batch, backbone.device)
-        embeddings = embed_with_soft(grid.ids, leaf, backbone.embed)
-        logits = backbone.plain_logits(embeddings, grid.mask, grid.positions)
-        loss = summed_cross_entropy(logits[grid.scored], grid.targets)
+        loss = summed_cross_entropy(*plain_answers(backbone, batch, leaf))
         loss.backward()
         total += float(loss.detach())
     return total
@@ -270,23 +388,50 @@ def _shared_backward(
     cache: StateCache | None,
 ) -> float:
     start = shared_length(rows) if start is None else start
+    known, left = split_shared(backbone, rows[0].ids[:start], leaf, cache)
+    batches = list(micro_batches(rows, start, budget))
+    if left and len(batches) == 1 and len(left) <= budget:
+        return _backward_at_once(backbone, batches[0], leaf, known, left)
     shared = shared_states(backbone, rows[0].ids[:start], leaf, cache)
     learns = shared.size > 0 and shared.keys[0].requires_grad
     leaves = shared.detached() if learns else shared
     total = 0.0
-    for batch in micro_batches(rows, start, budget):
-        past, starts = text_states(backbone, batch, start, leaves, cache)
+    for batch in batches:
+        before, starts = before_rows(backbone, batch, start, leaves, leaf, cache)
         line = in_line(batch, starts, backbone.device)
-        embeddings = embed_with_soft(line.ids, leaf, backbone.embed)
-        passed = Pass(line.lengths, leaves if leaves.size else None, past, device=backbone.device)
-        scored = backbone.hidden(embeddings, line.positions, passed)[line.scored]
-        loss, gradient = loss_of_hidden(scored, line.targets, backbone.head, backbone.vocab_size)
-        scored.backward(gradient)
-        total += loss
+        embeddings = embed_with_soft(line.ids, None if is_deep(leaf) else leaf, backbone.embed)
+        passed = Pass(line.lengths, before, device=backbone.device)
+        total += _backward_of_line(backbone, embeddings, line.positions, passed, line.scored, line.targets)
     if learns:
         pairs = [(s, g.grad) for s, g in zip(shared.keys + shared.values, leaves.keys + leaves.values, strict=True)]
         torch.autograd.backward([s for s, g in pairs if g is not None], [g for _, g in pairs if g is not None])
     return total
+
+
+def _backward_at_once(backbone: Backbone, batch: list[Row], leaf: torch.Tensor, known: States, left: Ids) -> float:
+    """A step of one micro-batch: the tokens before all rows in the same pass as the rows, since one matrix product of
+    all tokens is faster than two, one of which has few."""
+    start = known.size + len(left)
+    line = in_line(batch, [start] * len(batch), backbone.device)
+    ids = torch.cat([torch.tensor(left, device=backbone.device), line.ids])
+    embeddings = embed_with_soft(ids, None if is_deep(leaf) else leaf, backbone.embed)
+    positions = torch.cat([torch.arange(known.size, start, device=backbone.device), line.positions])
+    passed = Pass(line.lengths, [known], lead=len(left), device=backbone.device)
+    return _backward_of_line(backbone, embeddings, positions, passed, len(left) + line.scored, line.targets)
+
+
+def _backward_of_line(
+    backbone: Backbone,
+    embeddings: torch.Tensor,
+    positions: torch.Tensor,
+    passed: Pass,
+    scored: torch.Tensor,
+    targets: torch.Tensor,
+) -> float:
+    hidden = backbone.hidden(embeddings, positions, passed)[scored]
+    loss, gradient = loss_of_hidden(hidden, targets, backbone.head, backbone.vocab_size)
+    hidden.backward(gradient)
+    return loss
 
 
 @torch.no_grad()
@@ -297,23 +442,46 @@ def answer_log_probability(
     *,
     exact_reference: bool = False,
     micro_batch_tokens: int = 1024,
+    cache: StateCache | None = None,
 ) -> float:
-    """log p(answer | context) summed over the answers of all rows, natural logarithm. No gradient is computed."""
+    """log p(answer | context) summed over the answers of all rows, natural logarithm. No gradient is computed.
+
+    cache: where `keep_texts` has put the texts before the soft tokens, if it has.
+    """
     total = 0.0
     if exact_reference or not backbone.fast:
-        for batch in micro_batches(rows, 0, plain_budget(backbone, micro_batch_tokens)):
-            grid = in_rectangle(batch, backbone.device)
-            embeddings = embed_with_soft(grid.ids, vectors, backbone.embed)
-            logits = backbone.plain_logits(embeddings, grid.mask, grid.positions)[grid.scored]
-            total += float(log_probabilities(logits, grid.targets).cpu().double().sum())
+        for batch in plain_batches(backbone, rows, micro_batch_tokens):
+            total += float(log_probabilities(*plain_answers(backbone, batch, vectors)).cpu().double().sum())
         return total
     start = shared_length(rows)
     shared = shared_states(backbone, rows[0].ids[:start], vectors, backbone.states)
     for batch in micro_batches(rows, start, micro_batch_tokens):
-        line = in_line(batch, [start] * len(batch), backbone.device)
-        passed = Pass(line.lengths, shared if shared.size else None, device=backbone.device)
-        hidden = backbone.hidden(embed_with_soft(line.ids, vectors, backbone.embed), line.positions, passed)
+        hidden, line, _, _ = contexts_hidden(backbone, batch, start, shared, vectors, cache)
         at_once = max(1, PIECE // backbone.vocab_size)
         pieces = zip(hidden[line.scored].split(at_once), line.targets.split(at_once), strict=True)
         total += sum(float(log_probabilities(backbone.head(h), t).cpu().double().sum()) for h, t in pieces)
     return total
+
+
+@torch.no_grad()
+def contexts_hidden(
+    backbone: Backbone,
+    batch: Sequence[Row],
+    start: int,
+    shared: States,
+    vectors: torch.Tensor | None,
+    cache: StateCache | None = None,
+    record: bool = False,
+) -> tuple[torch.Tensor, Line, Pass, list[int]]:
+    """One pass without gradients over rows behind what they share: hidden states [N, H], line, pass, where rows go on.
+
+    Texts before the soft tokens are computed apart only where they have been kept, or where a deep prompt must follow.
+    """
+    if cache is not None or is_deep(vectors):
+        before, starts = before_rows(backbone, batch, start, shared, vectors, cache)
+    else:
+        before, starts = [shared], [start] * len(batch)
+    line = in_line(batch, starts, backbone.device)
+    passed = Pass(line.lengths, before, record=record, device=backbone.device)
+    embeddings = embed_with_soft(line.ids, None if is_deep(vectors) else vectors, backbone.embed)
+    return backbone.hidden(embeddings, line.positions, passed), line, passed, starts

@@ -65,7 +65,7 @@ def _compare(backbone: Backbone) -> str:
 def _in_line(backbone: Backbone, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
     first = Pass([SHARED], record=True, device=backbone.device)
     backbone.hidden(noise[:SHARED], torch.arange(SHARED, device=backbone.device), first)
-    rows = Pass(LENGTHS, shared=first.states(), device=backbone.device)
+    rows = Pass(LENGTHS, [first.states()], device=backbone.device)
     positions = torch.cat([torch.arange(SHARED, SHARED + n) for n in LENGTHS]).to(backbone.device)
     logits = backbone.head(backbone.hidden(noise[SHARED:], positions, rows))
     return tuple(logits.split(LENGTHS))

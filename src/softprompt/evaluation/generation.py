@@ -11,9 +11,9 @@ import torch
 
 from ..attention import Pass, States
 from ..backbone import Backbone
-from ..computation import micro_batches, shared_states
+from ..computation import contexts_hidden, is_deep, micro_batches, plain_deep_prefill, shared_states
 from ..errors import ConfigError
-from ..placement import Row, embed_with_soft, in_line, shared_length
+from ..placement import Row, embed_with_soft, shared_length
 
 Ids = tuple[int, ...]
 
@@ -109,12 +109,9 @@ def _generate_batch(
 ) -> Iterator[tuple[int, int]]:
     with torch.no_grad():
         shared = shared_states(backbone, batch[0].ids[:start], vectors, backbone.states)
-        before = shared if shared.size else None
-        line = in_line(batch, [start] * len(batch), backbone.device)
-        rows = Pass(line.lengths, before, record=True, device=backbone.device)
-        hidden = backbone.hidden(embed_with_soft(line.ids, vectors, backbone.embed), line.positions, rows)
+        hidden, line, rows, starts = contexts_hidden(backbone, batch, start, shared, vectors, record=True)
         logits = backbone.head(hidden[line.scored])
-        slots = _Slots(rows.states(), sampling.max_new_tokens)
+        slots = _Slots(rows, starts, sampling.max_new_tokens)
     while opened:
         going = []
         for slot, (row, each) in enumerate(zip(opened, logits, strict=True)):
@@ -129,36 +126,39 @@ def _generate_batch(
         opened = [opened[slot] for slot in going]
         if opened:
             slots.keep(going)
-            logits = _next_logits(backbone, opened, start, before, slots)
+            logits = _next_logits(backbone, opened, slots)
 
 
 @torch.no_grad()
-def _next_logits(
-    backbone: Backbone, opened: list[_Open], start: int, before: States | None, slots: _Slots
-) -> torch.Tensor:
+def _next_logits(backbone: Backbone, opened: list[_Open], slots: _Slots) -> torch.Tensor:
     """One more token for each row: [R, V]."""
     ids = torch.tensor([row.tokens[-1] for row in opened], device=backbone.device)
-    positions = slots.lengths + start
-    rows = Pass([1] * len(opened), before, slots.states(), record=True, device=backbone.device)
-    hidden = backbone.hidden(backbone.embed(ids), positions, rows)
+    rows = Pass([1] * len(opened), slots.states(), record=True, device=backbone.device)
+    hidden = backbone.hidden(backbone.embed(ids), slots.starts + slots.lengths, rows)
     slots.append(rows)
     return backbone.head(hidden)
 
 
 class _Slots:
-    """Keys and values of each row's own tokens, [R, K, C, D] a layer, with room for the tokens to come."""
+    """Keys and values of each row's own tokens, [R, K, C, D] a layer, with room for the tokens to come.
 
-    def __init__(self, first: States, room: int):
-        shape = first.keys[0].shape
+    before: what stands before them. starts, lengths: [R], position of each row's first own token, and how many it has.
+    """
+
+    def __init__(self, first: Pass, starts: Sequence[int], room: int):
+        self.before = list(first.before)
+        states = first.states()
+        shape = states.keys[0].shape
         more = (shape[0], shape[1], room, shape[3])
-        self.keys = [torch.cat([k, k.new_zeros(more)], dim=2) for k in first.keys]
-        self.values = [torch.cat([v, v.new_zeros(more)], dim=2) for v in first.values]
-        assert first.lengths is not None
-        self.lengths = first.lengths.clone()  # [R]
+        self.keys = [torch.cat([k, k.new_zeros(more)], dim=2) for k in states.keys]
+        self.values = [torch.cat([v, v.new_zeros(more)], dim=2) for v in states.values]
+        self.lengths = torch.tensor(list(first.lengths), device=first.device)
+        self.starts = torch.tensor(list(starts), device=first.device)
 
-    def states(self) -> States:
+    def states(self) -> list[States]:
         used = int(self.lengths.max())
-        return States([k[:, :, :used] for k in self.keys], [v[:, :, :used] for v in self.values], self.lengths)
+        own = States([k[:, :, :used] for k in self.keys], [v[:, :, :used] for v in self.values], self.lengths)
+        return [*self.before, own]
 
     def append(self, rows: Pass) -> None:
         places = torch.arange(len(self.lengths), device=self.lengths.device)
@@ -173,7 +173,8 @@ class _Slots:
             index = torch.tensor(going, device=self.lengths.device)
             self.keys = [k[index] for k in self.keys]
             self.values = [v[index] for v in self.values]
-            self.lengths = self.lengths[index]
+            self.lengths, self.starts = self.lengths[index], self.starts[index]
+            self.before = [states if states.shared else states.of_rows(index) for states in self.before]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -193,11 +194,16 @@ def _plain_tokens(
 ) -> Iterator[tuple[int, int]]:
     """One row at a time through the model's own cache: for architectures without the fast path."""
     row = _Open.start(index, ids, sampling.seed)
+    line = torch.tensor(ids, device=backbone.device)[None]
     with torch.no_grad():
-        line = torch.tensor(ids, device=backbone.device)[None]
-        out: Any = backbone.model(inputs_embeds=embed_with_soft(line, vectors, backbone.embed), use_cache=True)
+        if vectors is not None and is_deep(vectors):
+            logits, past = plain_deep_prefill(backbone, ids, vectors)
+            logits = logits[None]
+        else:
+            out = backbone.model(inputs_embeds=embed_with_soft(line, vectors, backbone.embed), use_cache=True)
+            logits, past = out.logits, getattr(out, "past_key_values", None)
     while True:
-        token = choose(out.logits[0, -1], sampling, row.generator)
+        token = choose(logits[0, -1], sampling, row.generator)
         if token in ends:
             return
         row.tokens.append(token)
@@ -207,12 +213,11 @@ def _plain_tokens(
             return
         with torch.no_grad():
             last = torch.tensor([[token]], device=backbone.device)
-            past = getattr(out, "past_key_values", None)
             if past is not None:
-                out = backbone.model(input_ids=last, past_key_values=past, use_cache=True)
+                logits = backbone.model(input_ids=last, past_key_values=past, use_cache=True).logits
             else:  # another kind of memory, or none: the whole sequence again
                 line = torch.cat([line, last], dim=1)
-                out = backbone.model(inputs_embeds=embed_with_soft(line, vectors, backbone.embed))
+                logits = backbone.model(inputs_embeds=embed_with_soft(line, vectors, backbone.embed)).logits
 
 
 class TextStream:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention import Pass, States
+from ..attention import Pass, StateCache, States
 from ..backbone import Backbone
-from ..computation import micro_batches, plain_budget, shared_states
+from ..computation import contexts_hidden, micro_batches, plain_answers, plain_batches, shared_states
 from ..losses import PIECE, log_probabilities
-from ..placement import Row, embed_with_soft, in_line, in_rectangle, shared_length
+from ..placement import Row, shared_length
 
 Ids = tuple[int, ...]
 
@@ -66,11 +66,13 @@ def score_labels(
     micro_batch_tokens: int = 1024,
     exact_reference: bool = False,
     advance: Callable[[int], None] | None = None,
+    texts: StateCache | None = None,
 ) -> torch.Tensor:
     """log p(answer c | context r), summed over the tokens of the answer, natural logarithm: float [R, C].
 
     start: tokens at the front that every context has in common; by default what these contexts have in common.
     exact_reference: every context with every answer by plain concatenation. advance: called with rows finished.
+    texts: where `keep_texts` has put the texts before the soft tokens.
     """
     rows = [Row(tuple(ids), len(ids)) for ids in contexts]
     done = advance or (lambda count: None)
@@ -83,25 +85,29 @@ def score_labels(
     places = {id(row): index for index, row in enumerate(rows)}
     for batch in micro_batches(rows, start, micro_batch_tokens, extra=len(tree.tokens)):
         where = [places[id(row)] for row in batch]
-        scores[where] = _batch_scores(backbone, batch, start, shared, vectors, tree)
+        scores[where] = _batch_scores(backbone, batch, start, shared, vectors, tree, texts)
         done(len(batch))
     return scores
 
 
 def _batch_scores(
-    backbone: Backbone, batch: list[Row], start: int, shared: States, vectors: torch.Tensor | None, tree: LabelTree
+    backbone: Backbone,
+    batch: list[Row],
+    start: int,
+    shared: States,
+    vectors: torch.Tensor | None,
+    tree: LabelTree,
+    texts: StateCache | None,
 ) -> torch.Tensor:
-    line = in_line(batch, [start] * len(batch), backbone.device)
-    before = shared if shared.size else None
-    rows = Pass(line.lengths, before, record=bool(tree.tokens), device=backbone.device)
-    hidden = backbone.hidden(embed_with_soft(line.ids, vectors, backbone.embed), line.positions, rows)
+    hidden, line, rows, _ = contexts_hidden(backbone, batch, start, shared, vectors, texts, record=bool(tree.tokens))
     states = [hidden[line.scored][:, None]]  # [R, 1, H]: what predicts the first token of each label
     if tree.tokens:
         count = len(batch)
         ids = torch.tensor(tree.tokens * count, device=backbone.device)
         depths = torch.tensor(tree.depths, device=backbone.device)
         ends = torch.tensor([len(row.ids) for row in batch], device=backbone.device)
-        branches = Pass([len(tree.tokens)] * count, before, rows.states(), device=backbone.device, parents=tree.parents)
+        before = [*rows.before, rows.states()]
+        branches = Pass([len(tree.tokens)] * count, before, device=backbone.device, parents=tree.parents)
         positions = (ends[:, None] + depths).flatten()
         states.append(backbone.hidden(backbone.embed(ids), positions, branches).view(count, len(tree.tokens), -1))
     return _sum_steps(backbone, torch.cat(states, dim=1), tree)
@@ -135,11 +141,8 @@ def _plain_scores(
     for index, row in enumerate(rows):
         whole = [Row(row.ids + answer, row.answer) for answer in answers]
         column = {id(each): c for c, each in enumerate(whole)}
-        for batch in micro_batches(whole, 0, plain_budget(backbone, budget)):
-            grid = in_rectangle(batch, backbone.device)
-            embeddings = embed_with_soft(grid.ids, vectors, backbone.embed)
-            logits = backbone.plain_logits(embeddings, grid.mask, grid.positions)[grid.scored]
-            each = log_probabilities(logits, grid.targets).cpu().double()
+        for batch in plain_batches(backbone, whole, budget):
+            each = log_probabilities(*plain_answers(backbone, batch, vectors)).cpu().double()
             sizes = [len(one.ids) - one.answer for one in batch]
             for one, part in zip(batch, each.split(sizes), strict=True):
                 scores[index, column[id(one)]] = part.sum()
