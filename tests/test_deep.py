@@ -160,5 +160,5 @@ def test_something_must_be_read_after_a_deep_prompt(backbone, placement):
     text = () if placement == "front" else (7, 9)
     rows = [Row((*text, *soft, 5), len(text) + TOKENS), Row((*text[::-1], *soft, 6), len(text) + TOKENS)]
     for exact in (False, True):
-        with pytest.raises((TemplateError, BackboneError), match="text between|only stand at the very front"):
+        with pytest.raises((TemplateError, BackboneError), match=r"text between|only stand at the very front"):
             loss_and_gradient(backbone, rows, vectors, exact_reference=exact)

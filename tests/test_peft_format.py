@@ -194,7 +194,7 @@ def test_our_files_are_laid_out_like_theirs(model: LlamaForCausalLM, adapter: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "type 'PREFIX_TUNING': only PROMPT_TUNING and P_TUNING adapters can be read"),
+        ({"peft_type": "ADAPTION_PROMPT"}, "type 'ADAPTION_PROMPT': only PROMPT_TUNING, P_TUNING, PREFIX_TUNING"),
         ({"peft_type": "LORA"}, "type 'LORA': only"),
         ({"peft_type": ...}, "type None: only"),
         ({"peft_type": ["PROMPT_TUNING"]}, "only PROMPT_TUNING"),

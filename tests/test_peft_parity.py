@@ -10,7 +10,9 @@ import torch
 
 from softprompt.backbone import Backbone
 from softprompt.computation import answer_log_probability, loss_and_gradient
+from softprompt.errors import BackboneMismatchError
 from softprompt.placement import Row
+from softprompt.prompt import SoftPrompt, by_token
 from tiny_models import ARCHITECTURES, make_backbone, make_rows, random_ids, random_vectors
 
 peft = pytest.importorskip("peft")
@@ -98,3 +100,76 @@ def test_a_row_is_the_same_in_any_batch(architecture, record_property):
     assert single == pytest.approx(alone, abs=1e-9)  # without padding PEFT agrees with us
     wrong = sum(abs(a - b) > 1e-6 for a, b in zip(padded, single, strict=True))
     record_property("peft_left_padded_rows_wrong", f"{wrong} of {len(rows)}")
+
+
+# Deep prompts: PEFT's prefix tuning and cartridges
+
+DEEP_ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "opt")
+
+
+def _prefix_model(architecture, vectors=None):
+    backbone = make_backbone(architecture, torch.float32)
+    base = make_backbone(architecture, torch.float32).model
+    layers, heads, size = backbone.state_shape
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=TOKENS,
+        num_layers=layers,
+        num_attention_heads=heads,
+        token_dim=heads * size,
+    )
+    model = peft.get_peft_model(base, config).eval()
+    if vectors is not None:
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.copy_(by_token(vectors))
+    return backbone, model
+
+
+def _deep(backbone):
+    layers, heads, size = backbone.state_shape
+    return torch.randn(layers, 2, heads, TOKENS, size, generator=torch.Generator().manual_seed(4))
+
+
+def _answers(backbone, prompt_vectors, ids):
+    row = Row((*(-(i + 1) for i in range(TOKENS)), *ids), TOKENS + 1)
+    return answer_log_probability(backbone, [row], prompt_vectors)
+
+
+@pytest.mark.parametrize("architecture", DEEP_ARCHITECTURES)
+def test_a_prefix_adapter_of_peft_gives_its_answers_here_and_back(architecture, tmp_path):
+    backbone, model = _prefix_model(architecture)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.normal_()
+    model.save_pretrained(tmp_path / "theirs")
+    prompt = SoftPrompt.load(tmp_path / "theirs")
+    assert prompt.kind == "deep" and prompt.tokens == TOKENS
+    backbone.check(prompt)
+    ids = random_ids(8, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0]
+    theirs = float(torch.log_softmax(logits[:-1].double(), -1)[range(len(ids) - 1), ids[1:]].sum())
+    assert _answers(backbone, prompt.vectors, ids) == pytest.approx(theirs, rel=1e-4)
+    prompt.save(tmp_path / "ours")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+@pytest.mark.parametrize("architecture", DEEP_ARCHITECTURES)
+def test_peft_loads_our_deep_prompt_and_gives_our_answers(architecture, tmp_path):
+    backbone = make_backbone(architecture, torch.float32)
+    prompt = SoftPrompt(_deep(backbone))
+    prompt.save(tmp_path / "ours")
+    model = peft.PeftModel.from_pretrained(make_backbone(architecture, torch.float32).model, tmp_path / "ours").eval()
+    ids = random_ids(8, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0]
+    theirs = float(torch.log_softmax(logits[:-1].double(), -1)[range(len(ids) - 1), ids[1:]].sum())
+    assert _answers(backbone, prompt.vectors, ids) == pytest.approx(theirs, rel=1e-4)
+    again = SoftPrompt.load(tmp_path / "ours")
+    assert torch.equal(again.vectors, prompt.vectors)
+
+
+def test_a_deep_prompt_of_another_shape_is_told(tmp_path):
+    backbone = make_backbone("llama", torch.float32)
+    with pytest.raises(BackboneMismatchError, match="layers, key-value heads, head size"):
+        backbone.check(SoftPrompt(torch.zeros(2, 2, 2, 4, 8)))

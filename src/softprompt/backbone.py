@@ -116,6 +116,25 @@ class Backbone:
         return int(next(self.embed.parameters()).shape[1])
 
     @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(L, K, D): layers, key-value heads and head size of the keys and values that the model caches.
+
+        Raises BackboneError for a model whose layers differ in this, or that caches something else.
+        """
+        if not hasattr(self, "_state_shape"):
+            with torch.no_grad(), one_at_a_time:
+                line = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                cache = self.model(input_ids=line, use_cache=True).past_key_values
+            shapes = {tuple(layer.keys.shape) for layer in cache.layers} if hasattr(cache, "layers") else set()
+            if len(shapes) != 1:
+                raise BackboneError(
+                    f"{self.name} does not cache keys and values of one shape in all layers; tune an embedding prompt"
+                )
+            _, heads, _, size = shapes.pop()
+            self._state_shape: tuple[int, int, int] = (len(cache.layers), heads, size)
+        return self._state_shape
+
+    @property
     def vocab_size(self) -> int:
         return int(next(self.embed.parameters()).shape[0])
 
@@ -189,7 +208,14 @@ class Backbone:
         mine = f"{self.name} (fingerprint {self.fingerprint}, width {self.width})"
         named, known = prompt.base_model or "an unnamed model", prompt.fingerprint or "unknown"
         theirs = f"{named} (fingerprint {known}, width {prompt.width})"
-        if prompt.width != self.width:
+        if prompt.kind == "deep":
+            shape = (prompt.vectors.shape[0], prompt.vectors.shape[2], prompt.vectors.shape[4])
+            if shape != self.state_shape:
+                raise BackboneMismatchError(
+                    f"the deep prompt was tuned for {named} (fingerprint {known}; layers, key-value heads, head size "
+                    f"{shape}), this model is {mine} with {self.state_shape}; load that model"
+                )
+        elif prompt.width != self.width:
             raise BackboneMismatchError(f"the prompt was tuned for {theirs}, this model is {mine}; load that model")
         if prompt.fingerprint and prompt.fingerprint != self.fingerprint and not force:
             raise BackboneMismatchError(

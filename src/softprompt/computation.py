@@ -57,6 +57,21 @@ def deep_states(backbone: Backbone, vectors: torch.Tensor) -> States:
     return States([layer[0][None] for layer in cast], [layer[1][None] for layer in cast])
 
 
+@torch.no_grad()
+def deep_from_tokens(backbone: Backbone, vectors: torch.Tensor) -> torch.Tensor:
+    """The deep prompt [L, 2, K, P, D] that says what the embeddings [P, H] say: the states they have at the front."""
+    precise = torch.promote_types(torch.float32, backbone.dtype)
+    soft = [-(i + 1) for i in range(len(vectors))]
+    if backbone.fast:
+        states = shared_states(backbone, soft, vectors.to(backbone.device))
+        layers = list(zip(states.keys, states.values, strict=True))
+    else:
+        embeddings = embed_with_soft(torch.tensor([soft], device=backbone.device), vectors, backbone.embed)
+        cache = backbone.model(inputs_embeds=embeddings, use_cache=True).past_key_values
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+    return torch.stack([torch.stack([key[0], value[0]]) for key, value in layers]).to("cpu", precise)
+
+
 def split_shared(
     backbone: Backbone, ids: Sequence[int], vectors: torch.Tensor | None, cache: StateCache | None = None
 ) -> tuple[States, Ids]:

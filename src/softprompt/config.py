@@ -29,7 +29,7 @@ PANELS = {
     ),
     "Template": ("input", "target", "chat", "labels"),
     "Files written": ("name", "out", "run", "overwrite", "resume"),
-    "Soft prompt": ("tokens", "init", "init_text", "reparametrisation"),
+    "Soft prompt": ("kind", "tokens", "init", "init_text", "reparametrisation", "sink"),
 }
 REST = "Tuning"
 

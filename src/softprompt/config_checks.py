@@ -25,6 +25,7 @@ def find_problems(values: Values, run_given: bool) -> list[str]:
     template, problems = _template(values)
     for check in (_model, _files, _initialiser, _lengths, _extras):
         problems += check(values)
+    problems += _kind(values, template)
     problems += _columns(values, template)
     problems += _prompt_folder(values)
     if values.get("resume") is None and run_given:
@@ -128,6 +129,15 @@ def _initialiser(values: Values) -> Iterator[str]:
         yield f"init_text: is only used with init=text, found init={init}"
     if init == "labels" and values.get("labels") is None:
         yield "init: labels needs labels; a task of free text has none"
+
+
+def _kind(values: Values, template: Template | None) -> Iterator[str]:
+    if values.get("kind") != "deep":
+        return
+    if values.get("reparametrisation") == "residual":
+        yield "reparametrisation: residual is for embedding prompts; leave it out with kind=deep"
+    if template is not None and template.soft_count > 1:
+        yield f"kind: a deep prompt stands in one place, the template has {template.soft_count} {{soft}} markers"
 
 
 def _lengths(values: Values) -> Iterator[str]:

@@ -15,6 +15,7 @@ from .templates import Template
 
 PROMPT_FILE = "softprompt.json"
 FORMAT_VERSION = 1
+DEEP = "deep"  # the key with the shape of a deep prompt
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
     "kind": str,
@@ -52,6 +53,8 @@ def description_bytes(prompt: SoftPrompt, sha256: str) -> bytes:
         "metrics": prompt.metrics,
     }
     assert set(description) == set(_KEYS)
+    if prompt.kind == "deep":
+        description[DEEP] = {"layers": prompt.vectors.shape[0], "key_value_heads": prompt.vectors.shape[2]}
     return (json.dumps(plain(description), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
         errors="replace"
     )
@@ -74,13 +77,27 @@ def check_description(described: dict[str, Any], where: Path) -> None:
             raise PromptFormatError(f"{where} has no {key!r}: it is damaged or was not written by softprompt")
         if not isinstance(described[key], kinds):
             raise PromptFormatError(f"{where} is damaged: {key!r} is a {type(described[key]).__name__}")
-    if described["kind"] != "embedding":
+    if described["kind"] not in ("embedding", "deep"):
         raise PromptFormatError(
-            f"{where} is a prompt of kind {described['kind']!r}, this softprompt knows 'embedding': upgrade it"
+            f"{where} is a prompt of kind {described['kind']!r}, this softprompt knows 'embedding' and 'deep': "
+            "upgrade it"
         )
-    unknown = sorted(set(described) - set(_KEYS))
+    if described["kind"] == "deep":
+        check_deep(described.get(DEEP), described["width"], where)
+    unknown = sorted(set(described) - set(_KEYS) - ({DEEP} if described["kind"] == "deep" else set()))
     if unknown:
         warnings.warn(f"{where} has unknown keys, which are ignored: {', '.join(unknown)[:200]}", stacklevel=2)
+
+
+def check_deep(shape: Any, width: int, where: Path) -> tuple[int, int]:
+    """Layers and key-value heads of a deep prompt whose tokens have `width` = heads * size numbers in each place."""
+    found = shape if isinstance(shape, dict) else {}
+    layers, heads = found.get("layers"), found.get("key_value_heads")
+    if type(layers) is not int or type(heads) is not int or layers < 1 or heads < 1 or width % heads:
+        raise PromptFormatError(
+            f"{where} is damaged: a deep prompt of width {width} with layers {layers!r} and key_value_heads {heads!r}"
+        )
+    return layers, heads
 
 
 def read_template(described: dict[str, Any], where: Path) -> Template | None:

@@ -11,19 +11,28 @@ import warnings
 from pathlib import Path
 
 from .atomic import leftovers, write_atomic, write_folder
-from .description import FORMAT_VERSION, PROMPT_FILE, check_description, description_bytes, read_template
+from .description import (
+    DEEP,
+    FORMAT_VERSION,
+    PROMPT_FILE,
+    check_deep,
+    check_description,
+    description_bytes,
+    read_template,
+)
 from .errors import OutputError, PromptFormatError
 from .peft_format import (
     CONFIG_FILE,
     PICKLE_FILE,
     PICKLES,
+    READABLE,
     adapter_config_bytes,
     adapter_type,
     find_adapter,
     pickle_refusal,
     read_adapter,
 )
-from .prompt import SoftPrompt
+from .prompt import SoftPrompt, from_tokens
 from .templates import Template
 from .tensorfile import TENSOR_FILE, parse_tensor, read_bytes, read_json, tensor_bytes
 
@@ -85,7 +94,7 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
 
 
 def load_prompt(folder: str | Path) -> SoftPrompt:
-    """Read a prompt folder, or a PEFT prompt-tuning or P-tuning adapter folder of a causal model.
+    """Read a prompt folder, or a PEFT prompt-tuning, P-tuning, prefix-tuning or cartridge adapter of a causal model.
 
     Unknown keys are warned of and ignored. Raises PromptFormatError: not a prompt, half-written, tampered with, of
     another format version, of the wrong shape, not finite, pickled.
@@ -135,7 +144,7 @@ def examine_prompt(folder: str | Path) -> tuple[SoftPrompt | None, list[str]]:
 def is_prompt_folder(path: str | Path) -> bool:
     """True if `path` is a folder that says it holds a prompt, ours or PEFT's, be it whole or broken."""
     path = Path(path)
-    return os.path.isfile(path / PROMPT_FILE) or adapter_type(path) in ("PROMPT_TUNING", "P_TUNING")
+    return os.path.isfile(path / PROMPT_FILE) or adapter_type(path) in READABLE
 
 
 def is_at_front(template: Template | None) -> bool:
@@ -152,6 +161,10 @@ def _read_own(folder: Path) -> SoftPrompt:
     data = read_bytes(folder / TENSOR_FILE)
     vectors = parse_tensor(data, folder / TENSOR_FILE)
     expected = [described["tokens"], described["width"]]
+    layers, heads = 0, 0
+    if described["kind"] == "deep":
+        layers, heads = check_deep(described[DEEP], described["width"], where)
+        expected[1] *= layers * 2
     if list(vectors.shape) != expected:
         raise PromptFormatError(
             f"{where} speaks of a tensor of shape {expected}, {TENSOR_FILE} holds {list(vectors.shape)}"
@@ -163,12 +176,9 @@ def _read_own(folder: Path) -> SoftPrompt:
             f"{described['sha256'][:12]}...): take the prompt from where it came from again"
         )
     return SoftPrompt(
-        vectors,
+        from_tokens(vectors, layers, heads) if layers else vectors,
         template=read_template(described, where),
-        **{
-            key: described[key]
-            for key in ("base_model", "fingerprint", "tokenizer_hash", "provenance", "metrics", "kind")
-        },
+        **{key: described[key] for key in ("base_model", "fingerprint", "tokenizer_hash", "provenance", "metrics")},
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .backbone import Backbone
-from .computation import LossAndGradient
+from .computation import LossAndGradient, prompt_length
 from .computation import loss_and_gradient as compute_loss_and_gradient
 from .data import Split
 from .encoding import Encoder
@@ -129,12 +129,13 @@ def loss_and_gradient(
     micro_batch_tokens: int = 1024,
     max_tokens: int | None = None,
 ) -> LossAndGradient:
-    """Cross-entropy summed over all label tokens of `split`, their number, and d loss / d vectors [P, H].
+    """Cross-entropy summed over all label tokens of `split`, their number, and d loss / d vectors.
 
-    prompt: a SoftPrompt, or vectors [P, H] of any precision. exact_reference: by the plain concatenation of every row.
+    prompt: a SoftPrompt, or vectors ([P, H], or [L, 2, K, P, D] for a deep prompt) of any precision. exact_reference:
+    by the plain concatenation of every row.
     """
     vectors = prompt.vectors if isinstance(prompt, SoftPrompt) else prompt
-    encoder = make_encoder(backbone, split.template, len(vectors), max_tokens)
+    encoder = make_encoder(backbone, split.template, prompt_length(vectors), max_tokens)
     rows = [encoder.row(fields)[0] for fields in split]
     return compute_loss_and_gradient(
         backbone, rows, vectors, exact_reference=exact_reference, micro_batch_tokens=micro_batch_tokens

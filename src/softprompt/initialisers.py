@@ -141,6 +141,10 @@ def from_prompt(
 ) -> tuple[Tensor, str]:
     """The vectors of the prompt in the folder `path`, repeated or cut to P: [P, H]. Raises ConfigError (width)."""
     prompt = load(path)
+    if prompt.kind != "embedding":
+        raise ConfigError(
+            f"the prompt {path} is of kind {prompt.kind}: only a deep prompt can start from it (kind=deep)"
+        )
     if prompt.width != width:
         raise ConfigError(
             f"the prompt {path} has vectors of width {prompt.width}, the model's embeddings have {width}: start from a "

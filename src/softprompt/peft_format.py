@@ -14,7 +14,7 @@ from typing import Any
 
 from .description import PROMPT_FILE, plain
 from .errors import PromptFormatError
-from .prompt import SoftPrompt
+from .prompt import SoftPrompt, from_tokens
 from .tensorfile import TENSOR_FILE, parse_tensor, read_bytes, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,8 +43,22 @@ _PROMPT_TUNING: dict[str, Any] = {
     "tokenizer_kwargs": None,
     "tokenizer_name_or_path": None,
 }
+_PREFIX_TUNING: dict[str, Any] = {
+    **_COMMON,
+    "encoder_hidden_size": None,
+    "init_weights": None,
+    "peft_type": "PREFIX_TUNING",
+    "prefix_projection": False,
+}
 _P_TUNING_KEYS = {"encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
-_KNOWN = {"PROMPT_TUNING": set(_PROMPT_TUNING), "P_TUNING": set(_COMMON) | _P_TUNING_KEYS}
+_KNOWN = {
+    "PROMPT_TUNING": set(_PROMPT_TUNING),
+    "P_TUNING": set(_COMMON) | _P_TUNING_KEYS,
+    "PREFIX_TUNING": set(_PREFIX_TUNING),
+    "CARTRIDGE": set(_COMMON) | {"num_frozen_tokens"},
+}
+READABLE = tuple(_KNOWN)
+_DEEP = ("PREFIX_TUNING", "CARTRIDGE")  # [P, L * 2 * K * D], token_dim = K * D, num_attention_heads = K
 
 
 def adapter_type(folder: Path) -> str | None:
@@ -74,14 +88,16 @@ def read_adapter(folder: Path) -> SoftPrompt:
     """The soft prompt of the PEFT adapter in `folder` itself, its configuration kept in provenance["peft"].
 
     Of that file `trust_remote_code`, `tokenizer_kwargs` and `auto_mapping` are never acted upon.
-    Raises PromptFormatError: not a prompt-tuning or P-tuning adapter of a causal model, pickled, damaged.
+    Raises PromptFormatError: not an adapter that is a soft prompt of a causal model, pickled, damaged.
     """
     config = read_json(folder / CONFIG_FILE)
     _check_config(config, folder / CONFIG_FILE)
     if not os.path.isfile(folder / TENSOR_FILE):
         raise _no_tensors(folder)
     vectors = parse_tensor(read_bytes(folder / TENSOR_FILE), folder / TENSOR_FILE)
-    expected = [config["num_virtual_tokens"], config.get("token_dim") or vectors.shape[1]]
+    layers, heads = _deep_shape(config, folder / CONFIG_FILE) if config["peft_type"] in _DEEP else (0, 0)
+    width = (config.get("token_dim") or 0) * (2 * layers if layers else 1)
+    expected = [config["num_virtual_tokens"], width or vectors.shape[1]]
     if list(vectors.shape) != expected:
         raise PromptFormatError(
             f"{folder / CONFIG_FILE} speaks of {expected[0]} tokens of width {expected[1]}, but the tensor has "
@@ -89,10 +105,22 @@ def read_adapter(folder: Path) -> SoftPrompt:
         )
     name = config.get("base_model_name_or_path")
     return SoftPrompt(
-        vectors,
+        from_tokens(vectors, layers, heads) if layers else vectors,
         base_model=name if isinstance(name, str) else "",
         provenance={"source": "peft", "peft": _without_remote_code(config)},
     )
+
+
+def _deep_shape(config: dict[str, Any], where: Path) -> tuple[int, int]:
+    """Layers and key-value heads of a prefix-tuning adapter."""
+    found = [config.get(key) for key in ("num_layers", "num_attention_heads", "token_dim")]
+    numbers = [n for n in found if type(n) is int and n > 0]
+    if len(numbers) < 3 or numbers[2] % numbers[1]:
+        raise PromptFormatError(
+            f"{where} has num_layers {found[0]!r}, num_attention_heads {found[1]!r} and token_dim {found[2]!r}, "
+            "expected whole numbers of which the second divides the third"
+        )
+    return numbers[0], numbers[1]
 
 
 def adapter_config(prompt: SoftPrompt) -> dict[str, Any]:
@@ -108,6 +136,16 @@ def adapter_config(prompt: SoftPrompt) -> dict[str, Any]:
         return {**kept, **fixed}
     shape = prompt.provenance.get("architecture")
     shape = shape if isinstance(shape, dict) else {}
+    if prompt.kind == "deep":
+        return {
+            **_PREFIX_TUNING,
+            "base_model_name_or_path": prompt.base_model or None,
+            "encoder_hidden_size": prompt.width,
+            "num_attention_heads": prompt.vectors.shape[2],
+            "num_layers": prompt.vectors.shape[0],
+            "num_virtual_tokens": prompt.tokens,
+            "token_dim": prompt.width,
+        }
     return {
         **_PROMPT_TUNING,
         "base_model_name_or_path": prompt.base_model or None,
@@ -139,7 +177,7 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
     kind, task = config.get("peft_type"), config.get("task_type")
     if not isinstance(kind, str) or kind not in _KNOWN:
         raise PromptFormatError(
-            f"{where} describes an adapter of type {kind!r}: only PROMPT_TUNING and P_TUNING adapters can be read"
+            f"{where} describes an adapter of type {kind!r}: only {', '.join(_KNOWN)} adapters can be read"
         )
     if task not in (None, "CAUSAL_LM"):
         raise PromptFormatError(
@@ -176,7 +214,9 @@ def _no_tensors(folder: Path) -> PromptFormatError:
 def _describes(original: dict[str, Any], prompt: SoftPrompt) -> bool:
     """True if PEFT's configuration is one we can write again, and for a prompt of this shape."""
     shape = (original.get("num_virtual_tokens"), original.get("token_dim"))
-    return original.get("peft_type") in list(_KNOWN) and shape in ((prompt.tokens, prompt.width), (prompt.tokens, None))
+    if original.get("peft_type") not in _KNOWN or (original["peft_type"] in _DEEP) != (prompt.kind == "deep"):
+        return False
+    return shape in ((prompt.tokens, prompt.width), (prompt.tokens, None))
 
 
 def _without_remote_code(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,20 +17,23 @@ import safetensors.torch
 import torch
 
 from .errors import PromptFormatError
-from .prompt import MAX_TOKENS
+from .prompt import MAX_TOKENS, by_token
 
 TENSOR_FILE = "adapter_model.safetensors"
 TENSOR_NAME = "prompt_embeddings"
 MAX_HEADER = 10_000_000  # bytes; a real one has about a hundred
 MAX_JSON = 10_000_000  # bytes
-MAX_WIDTH = 65_536  # four times that of the widest model we know of
+MAX_WIDTH = 262_144  # of a deep prompt for the largest model we know of (126 layers, keys and values of 1,024)
 _ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_FILE = 8 + MAX_HEADER + MAX_TOKENS * MAX_WIDTH * 8
 
 
 def tensor_bytes(vectors: torch.Tensor) -> bytes:
-    """The content of a safetensors file with the float32 vectors [P, H], byte for byte what PEFT writes."""
-    return safetensors.torch.save({TENSOR_NAME: vectors}, metadata={"format": "pt"})
+    """The content of a safetensors file with the float32 vectors [P, H], byte for byte what PEFT writes.
+
+    A deep prompt is written as PEFT's prefix tuning writes it, [P, L * 2 * K * D].
+    """
+    return safetensors.torch.save({TENSOR_NAME: by_token(vectors).contiguous()}, metadata={"format": "pt"})
 
 
 def parse_tensor(data: bytes, where: Path) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..backbone import Backbone
-from ..computation import answer_log_probability
+from ..computation import answer_log_probability, prompt_length
 from ..data import Split, Task
 from ..encoding import Encoder
 from ..errors import ConfigError, DataError
@@ -205,7 +205,7 @@ def evaluate_prompt(
     if not len(split):
         raise DataError(f"the {split.name} split has no rows to evaluate on; give a file for it, or a share")
     begun = time.perf_counter()
-    encoder = make_encoder(backbone, split.template, 0 if vectors is None else len(vectors), max_tokens, worked)
+    encoder = make_encoder(backbone, split.template, prompt_length(vectors), max_tokens, worked)
     contexts = [encoder.context(fields) for fields in split]
     inputs = [split.template.without_soft().render_context(fields) for fields in split]
     setting = {"shots": len(worked), "prompt": vectors is not None, "calibrated": calibrate}

@@ -12,6 +12,9 @@ class TuneConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: Literal["embedding", "deep"] = Field(
+        "embedding", description="embedding: P vectors before the first layer; deep: keys and values in each layer"
+    )
     tokens: int = Field(20, ge=1, le=1024, description="soft tokens P")
     init: str = Field("text", description="where the vectors start: text, labels, vocabulary, random, or prompt:PATH")
     init_text: str | None = Field(None, description="text for init=text; without it an instruction made from the task")
@@ -19,6 +22,9 @@ class TuneConfig(BaseModel):
         0.05, gt=0, description="in units of the embedding table's RMS, so that one value serves models of any scale"
     )
     optimizer: Literal["adamw", "adafactor"] = Field("adamw", description="optimiser")
+    sink: int = Field(
+        1, ge=0, description="first tokens of a deep prompt at the front that never move: attention rests on them"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with rising learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")

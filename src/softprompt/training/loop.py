@@ -16,9 +16,10 @@ import torch
 
 from ..attention import StateCache
 from ..backbone import Backbone
-from ..computation import LossAndGradient, keep_texts, loss_and_gradient
+from ..computation import LossAndGradient, is_deep, keep_texts, loss_and_gradient
 from ..errors import TrainingError
 from ..placement import Row, shared_length
+from ..prompt import by_token
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from .config import TuneConfig
 from .monitor import Monitor, majority_warning, movement_warning
@@ -101,11 +102,14 @@ class Trainer:
         self.backbone, self.rows, self.config, self.monitor = backbone, rows, config, monitor
         self.validate, self.save, self.stop = validate, save, stop
         self.world = world or World()
-        self.unit = backbone.embedding_rms
+        deep = is_deep(initial)
+        self.unit = 1.0 if deep else backbone.embedding_rms
         self.start = shared_length(rows)
         self.texts = StateCache(TEXT_BYTES)
         self.initial = initial
-        self.parameters = make_parameters(initial, config.reparametrisation, self.unit, config.seed)
+        # Only at the front does a deep prompt hold the sequence's first token.
+        sink = config.sink if deep and all(row.ids[0] < 0 for row in rows[:1]) else 0
+        self.parameters = make_parameters(initial, config.reparametrisation, self.unit, config.seed, sink)
         self.optimizer = make_optimizer(
             self.parameters, config.optimizer, config.learning_rate, config.weight_decay, self.unit
         )
@@ -178,8 +182,8 @@ class Trainer:
             learning_rate=self.config.learning_rate * factor,
             gradient_norm=norm,
             examples_per_second=examples / seconds,
-            token_gradient_norms=_rounded(gradient.norm(dim=1) * self.unit),
-            token_norms=_rounded(current.norm(dim=1)),
+            token_gradient_norms=_rounded(by_token(gradient).norm(dim=1) * self.unit),
+            token_norms=_rounded(by_token(current).norm(dim=1)),
             seconds=round(self.seconds, 3),
         )
         self._look_after(current)
@@ -200,7 +204,9 @@ class Trainer:
         return norm
 
     def _look_after(self, vectors: torch.Tensor) -> None:
-        text = movement_warning(vectors, self.initial, self.unit, self.step / self.steps)
+        vectors, initial = by_token(vectors), by_token(self.initial)
+        unit = float(initial.square().mean().sqrt()) if is_deep(self.initial) else self.unit
+        text = movement_warning(vectors, initial, unit, self.step / self.steps)
         if text:
             self.monitor.warn_once(self.step, text.split("(")[0].split(" to ")[0], text)
 

@@ -43,27 +43,58 @@ class ResidualPromptParameters(PromptParameters):
         yield from (self.down, self.up, self.scale)
 
 
-def make_parameters(initial: torch.Tensor, reparametrisation: str, unit: float, seed: int) -> PromptParameters:
-    """`none`: the vectors. `residual`: through a network with a bottleneck of 128."""
+class DeepPromptParameters(nn.Module):
+    """A deep prompt [L, 2, K, P, D] as its start plus what is learned, in units of its size in each place.
+
+    Keys are many times larger than values and both grow with depth, so one learning rate serves only numbers that are
+    all of size one: the unit is the RMS of the start over the tokens of a layer's keys, or values. The first `sink`
+    tokens never move: much of every query's attention rests on the first token of a sequence, whatever it is (Xiao et
+    al. 2024, arXiv:2309.17453).
+    """
+
+    def __init__(self, initial: torch.Tensor, sink: int):
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros_like(initial, dtype=torch.float32))
+        learned = initial[:, :, :, sink:] if initial.shape[3] > sink else initial
+        unit = learned.float().square().mean(dim=(2, 3, 4), keepdim=True).sqrt().clamp(min=1e-6)  # [L, 2, 1, 1, 1]
+        free = torch.ones(initial.shape[3], 1)
+        free[:sink] = 0
+        self.initial = initial.detach().clone().float()
+        self.scale = unit * free  # [L, 2, 1, P, 1]
+
+    def vectors(self) -> torch.Tensor:
+        return self.initial + self.scale * self.delta
+
+
+Parameters = PromptParameters | DeepPromptParameters
+
+
+def make_parameters(initial: torch.Tensor, reparametrisation: str, unit: float, seed: int, sink: int = 0) -> Parameters:
+    """`none`: the vectors. `residual`: through a network with a bottleneck of 128. sink: of a deep prompt."""
+    if initial.ndim == 5:
+        return DeepPromptParameters(initial, sink)
     if reparametrisation == "residual":
         return ResidualPromptParameters(initial, min(128, initial.shape[1]), unit, seed)
     return PromptParameters(initial)
 
 
 def make_optimizer(
-    parameters: PromptParameters, name: str, learning_rate: float, weight_decay: float, unit: float
+    parameters: Parameters, name: str, learning_rate: float, weight_decay: float, unit: float
 ) -> torch.optim.Optimizer:
     """AdamW or Adafactor with a learning rate in units of the embedding table's RMS.
 
     Adam moves each number by about its learning rate, so for the vectors it is multiplied by the RMS; the residual
-    network works on numbers of size one and is not. torch's Adafactor scales by the RMS of each parameter by itself.
+    network and a deep prompt work on numbers of size one and are not. torch's Adafactor scales by the RMS of each
+    parameter by itself.
     """
+    if isinstance(parameters, DeepPromptParameters):
+        learned, unit = parameters.delta, 1.0
+    else:
+        learned = parameters.embedding
     network = list(parameters.network()) if isinstance(parameters, ResidualPromptParameters) else []
     if name == "adafactor":
-        return torch.optim.Adafactor(
-            [parameters.embedding, *network], lr=learning_rate, weight_decay=weight_decay, eps=(None, 1e-3)
-        )
-    groups = [{"params": [parameters.embedding], "lr": learning_rate * unit}]
+        return torch.optim.Adafactor([learned, *network], lr=learning_rate, weight_decay=weight_decay, eps=(None, 1e-3))
+    groups = [{"params": [learned], "lr": learning_rate * unit}]
     if network:
         groups.append({"params": network, "lr": learning_rate * 0.1})
     return torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=False)

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from ..backbone import Backbone
+from ..computation import deep_from_tokens
 from ..data import Split, Task
 from ..encoding import Encoder
 from ..errors import ConfigError, DataError
 from ..evaluation.runner import Report, evaluate_prompt
+from ..fileformat import load_prompt
 from ..initialisers import check_init, initialise
 from ..placement import Row
 from ..prompt import SoftPrompt
@@ -139,7 +141,10 @@ def _initial(
 ) -> tuple[torch.Tensor, str]:
     if checkpoint:
         return checkpoint.tensors["initial"], "from the checkpoint"
-    return initialise(
+    start = _deep_start(config)
+    if start is not None:
+        return start
+    vectors, said = initialise(
         config.init,
         table=backbone.embedding_table(),
         tokenizer=backbone.tokenizer,
@@ -148,6 +153,21 @@ def _initial(
         template=task.template,
         init_text=config.init_text,
     )
+    if config.kind == "deep":
+        return deep_from_tokens(backbone, vectors), f"keys and values that the model gives {said}"
+    return vectors, said
+
+
+def _deep_start(config: TuneConfig) -> tuple[torch.Tensor, str] | None:
+    """A deep prompt named by init=prompt:PATH, its tokens repeated or cut to P; None if it is not deep."""
+    path = config.init.removeprefix("prompt:")
+    if config.kind != "deep" or path == config.init:
+        return None
+    prompt = load_prompt(path.strip())
+    if prompt.kind != "deep":
+        return None
+    times = -(-config.tokens // prompt.tokens)
+    return prompt.vectors.repeat(1, 1, 1, times, 1)[:, :, :, : config.tokens].clone(), f"the deep prompt {path.strip()}"
 
 
 def _validator(backbone: Backbone, task: Task, config: TuneConfig) -> Callable[[torch.Tensor], Validation] | None:
