@@ -188,6 +188,11 @@ class StateCache:
         self._kept: OrderedDict[Hashable, States] = OrderedDict()
         self._bytes = 0
 
+    @property
+    def room(self) -> int:
+        """Bytes that can be put without putting anything out."""
+        return self.max_bytes - self._bytes
+
     def get(self, key: Hashable) -> States | None:
         with one_at_a_time:
             found = self._kept.get(key)

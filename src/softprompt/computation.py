@@ -238,31 +238,38 @@ def keep_texts(
     """Compute the texts of a whole data set that stand before any soft token, once, into `cache`.
 
     All or nothing: returns False, having computed nothing, if no row has such a text, if soft tokens stand in what
-    `rows` share, or if the states of all would not fit. Rows are taken in their own order, so that the same data give
-    the same bytes whenever a run is resumed. advance: called with the rows finished.
+    `rows` share, or if the states of all would not fit. What `cache` holds already is not computed again. Rows are
+    taken in their own order, so that the same data give the same bytes whenever a run is resumed. advance: called with
+    the rows finished.
     """
     ends = text_ends(rows, start)
     if not backbone.fast or first_soft(rows[0].ids[:start]) < start or all(end == start for end in ends):
         return False
     shared = shared_states(backbone, rows[0].ids[:start], None, cache)
     sample = shared if shared.size else _compute_texts(backbone, rows[:1], start, [start + 1], shared)[0]
-    needed = sum(ends) - start * len(rows)
-    if needed * sample.nbytes() // sample.size > cache.max_bytes - shared.nbytes():
+    missing = [i for i, row in enumerate(rows) if ends[i] > start and cache.get(_text_key(row, start, ends[i])) is None]
+    needed = sum(ends[i] - start for i in missing)
+    if needed * sample.nbytes() // sample.size > cache.room:
         return False
+    advance(len(rows) - len(missing))
+    for batch in _in_order(missing, [end - start for end in ends], micro_batch_tokens):
+        fresh = _compute_texts(backbone, [rows[i] for i in batch], start, [ends[i] for i in batch], shared)
+        for i, states in zip(batch, fresh, strict=True):
+            cache.put(_text_key(rows[i], start, ends[i]), states)
+        advance(len(batch))
+    return True
+
+
+def _in_order(indices: Sequence[int], sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Consecutive `indices` in batches of at most `budget` tokens, or of one index."""
     batch: list[int] = []
-    for index in range(len(rows) + 1):
-        used = sum(ends[i] - start for i in batch)
-        if batch and (index == len(rows) or used + ends[index] - start > micro_batch_tokens):
-            own = [i for i in batch if ends[i] > start]
-            fresh = (
-                _compute_texts(backbone, [rows[i] for i in own], start, [ends[i] for i in own], shared) if own else []
-            )
-            for i, states in zip(own, fresh, strict=True):
-                cache.put(_text_key(rows[i], start, ends[i]), states)
-            advance(len(batch))
+    for index in indices:
+        if batch and sum(sizes[i] for i in (*batch, index)) > budget:
+            yield batch
             batch = []
         batch.append(index)
-    return True
+    if batch:
+        yield batch
 
 
 def _pad(states: Sequence[States | None], backbone: Backbone) -> States:

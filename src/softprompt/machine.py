@@ -144,6 +144,15 @@ def memory() -> Memory:
     return Memory(_least(total, limit), _least(available, free))
 
 
+def text_bytes() -> int:
+    """Memory to keep the states of texts in: a quarter of all there is, 1 GiB where the system does not say.
+
+    Not of what is free now: the same run must keep the same texts when it is resumed.
+    """
+    total = memory().total
+    return 1 << 30 if total is None else total // 4
+
+
 def _least(*values: int | None) -> int | None:
     return min((value for value in values if value is not None), default=None)
 

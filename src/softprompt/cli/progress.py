@@ -56,6 +56,12 @@ class TuneProgress:
             self._task = self._bar.add_task("tuning", total=steps, completed=first, told="")
             self._bar.start()
 
+    def _on_texts(self, event: dict[str, Any]) -> None:
+        """Texts before the soft tokens, computed once before the first step."""
+        if event["done"] == event["rows"] or time.monotonic() - self.told >= PLAIN_SECONDS:
+            self.told = time.monotonic()
+            self.out.note(f"texts computed once and kept: {event['done']:,} of {event['rows']:,}")
+
     def _on_step(self, event: dict[str, Any]) -> None:
         if not self.latest and self.resumed:  # a resumed run tells its start no second time
             self.out.note(f"going on at step {event['step'] - 1} of {self.resumed}")

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..attention import StateCache
 from ..backbone import Backbone
-from ..computation import answer_log_probability, prompt_length
+from ..computation import answer_log_probability, keep_texts, prompt_length
 from ..data import Split, Task
 from ..encoding import Encoder
 from ..errors import ConfigError, DataError
@@ -200,8 +201,12 @@ def evaluate_prompt(
     max_tokens: int | None = None,
     text_scores: bool = True,
     progress: Progress | None = None,
+    texts: StateCache | None = None,
 ) -> Report:
-    """`evaluate` for bare vectors [P, H] (None: no prompt). text_scores False: of free text only the loss."""
+    """`evaluate` for bare vectors (None: no prompt). text_scores False: of free text only the loss.
+
+    texts: where the states of texts before the soft tokens are kept for the next time the same rows are scored.
+    """
     if not len(split):
         raise DataError(f"the {split.name} split has no rows to evaluate on; give a file for it, or a share")
     begun = time.perf_counter()
@@ -210,10 +215,12 @@ def evaluate_prompt(
     inputs = [split.template.without_soft().render_context(fields) for fields in split]
     setting = {"shots": len(worked), "prompt": vectors is not None, "calibrated": calibrate}
     if split.template.labels is not None:
-        report = _evaluate_classes(backbone, split, encoder, [c.ids for c in contexts], vectors, calibrate, progress)
+        report = _evaluate_classes(
+            backbone, split, encoder, [c.ids for c in contexts], vectors, calibrate, progress, texts
+        )
     else:
         sampling = (sampling or Sampling()) if text_scores else None
-        report = _evaluate_text(backbone, split, encoder, vectors, sampling, progress)
+        report = _evaluate_text(backbone, split, encoder, vectors, sampling, progress, texts)
     report.inputs, report.setting = inputs, setting
     report.cut_rows = sum(1 for c in contexts if c.cut)
     report.seconds = time.perf_counter() - begun
@@ -226,10 +233,12 @@ def label_scores(
     contexts: Sequence[Ids],
     vectors: torch.Tensor | None,
     progress: Progress | None = None,
+    texts: StateCache | None = None,
 ) -> torch.Tensor:
-    """log p(label words | context): [N, C]."""
+    """log p(label words | context): [N, C]. texts: see `evaluate_prompt`."""
     rows = [Row(tuple(ids), len(ids)) for ids in contexts]
     start = constant_length(encoder, rows)
+    kept = texts if texts is not None and keep_texts(backbone, rows, start, texts) else None
     answers = encoder.answers()
     finished = 0
 
@@ -239,7 +248,8 @@ def label_scores(
         if progress:
             progress(finished, len(rows))
 
-    return score_labels(backbone, [row.ids for row in rows], answers, vectors, start=start, advance=advance)
+    ids = [row.ids for row in rows]
+    return score_labels(backbone, ids, answers, vectors, start=start, advance=advance, texts=kept)
 
 
 def label_prior(backbone: Backbone, encoder: Encoder, vectors: torch.Tensor | None) -> torch.Tensor:
@@ -256,9 +266,10 @@ def _evaluate_classes(
     vectors: torch.Tensor | None,
     calibrate: bool,
     progress: Progress | None,
+    texts: StateCache | None,
 ) -> Report:
     classes = list(split.template.classes)
-    raw = label_scores(backbone, encoder, contexts, vectors, progress)
+    raw = label_scores(backbone, encoder, contexts, vectors, progress, texts)
     scores = raw - label_prior(backbone, encoder, vectors) if calibrate else raw
     probabilities = torch.softmax(scores, dim=1)
     true = split.labels
@@ -276,8 +287,11 @@ def _evaluate_text(
     vectors: torch.Tensor | None,
     sampling: Sampling | None,
     progress: Progress | None,
+    texts: StateCache | None,
 ) -> Report:
-    loss = answer_loss(backbone, [encoder.row(fields)[0] for fields in split], vectors)
+    rows = [encoder.row(fields)[0] for fields in split]
+    kept = texts if texts is not None and keep_texts(backbone, rows, shared_length(rows), texts) else None
+    loss = answer_loss(backbone, rows, vectors, kept)
     true = [split.template.render_target(fields).strip() for fields in split]
     if sampling is None:
         return Report(None, None, loss, true, [], [])
@@ -289,9 +303,11 @@ def _evaluate_text(
 
 
 @torch.no_grad()
-def answer_loss(backbone: Backbone, rows: Sequence[Row], vectors: torch.Tensor | None) -> float:
+def answer_loss(
+    backbone: Backbone, rows: Sequence[Row], vectors: torch.Tensor | None, texts: StateCache | None = None
+) -> float:
     """Mean over all answer tokens of -log p(token | what stands before it), natural logarithm."""
-    total = answer_log_probability(backbone, rows, vectors)
+    total = answer_log_probability(backbone, rows, vectors, cache=texts)
     return -total / sum(len(row.ids) - row.answer for row in rows)
 
 

@@ -18,6 +18,7 @@ from ..attention import StateCache
 from ..backbone import Backbone
 from ..computation import LossAndGradient, is_deep, keep_texts, loss_and_gradient
 from ..errors import TrainingError
+from ..machine import text_bytes
 from ..placement import Row, shared_length
 from ..prompt import by_token
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
@@ -28,8 +29,6 @@ from .schedule import learning_rate_factor
 from .world import World
 
 NO_GAIN = "no better score"
-# Memory for the states of texts that no soft token precedes; where those of all rows do not fit, none are kept.
-TEXT_BYTES = 1 << 30
 
 
 @dataclass
@@ -83,7 +82,8 @@ class Trainer:
     """One run: parameters, optimiser, place in the data, best prompt so far.
 
     validate: scores a prompt [P, H]. save: keeps a checkpoint (called every so often, and whenever the run stops).
-    stop: asked after each step; True ends the run after keeping a checkpoint (Ctrl-C).
+    stop: asked after each step; True ends the run after keeping a checkpoint (Ctrl-C). texts: where the states of texts
+    that no soft token precedes are kept; where those of all rows do not fit, none are.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Trainer:
         save: Callable[[Checkpoint], None] = lambda checkpoint: None,
         stop: Callable[[], bool] = lambda: False,
         world: World | None = None,
+        texts: StateCache | None = None,
     ):
         self.backbone, self.rows, self.config, self.monitor = backbone, rows, config, monitor
         self.validate, self.save, self.stop = validate, save, stop
@@ -105,7 +106,7 @@ class Trainer:
         deep = is_deep(initial)
         self.unit = 1.0 if deep else backbone.embedding_rms
         self.start = shared_length(rows)
-        self.texts = StateCache(TEXT_BYTES)
+        self.texts = texts if texts is not None else StateCache(text_bytes())
         self.initial = initial
         # Only at the front does a deep prompt hold the sequence's first token.
         sink = config.sink if deep and all(row.ids[0] < 0 for row in rows[:1]) else 0
@@ -122,12 +123,12 @@ class Trainer:
         self.best = initial.clone()
         self.best_validation: Validation | None = None  # None also after resuming past it
         self.without_gain = 0
+        self.texts_done = 0
         self.seconds = 0.0
 
     def run(self) -> str:
         """Train to the end; returns why it ended: "finished", "no better score", or "interrupted"."""
-        if keep_texts(self.backbone, self.rows, self.start, self.texts):
-            self.monitor.tell("texts", self.step, rows=len(self.rows))
+        keep_texts(self.backbone, self.rows, self.start, self.texts, advance=self._texts_done)
         if self._without_gain():  # resumed after its end
             self.monitor.add("end", self.step, reason=NO_GAIN)
             return NO_GAIN
@@ -150,6 +151,10 @@ class Trainer:
                 break
         self.monitor.add("end", self.step, reason=reason)
         return reason
+
+    def _texts_done(self, count: int) -> None:
+        self.texts_done += count
+        self.monitor.tell("texts", self.step, rows=len(self.rows), done=self.texts_done)
 
     def _without_gain(self) -> bool:
         patience = self.config.patience

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..attention import StateCache
 from ..backbone import Backbone
 from ..computation import deep_from_tokens
 from ..data import Split, Task
@@ -23,6 +24,7 @@ from ..errors import ConfigError, DataError
 from ..evaluation.runner import Report, evaluate_prompt
 from ..fileformat import load_prompt
 from ..initialisers import check_init, initialise
+from ..machine import text_bytes
 from ..placement import Row
 from ..prompt import SoftPrompt
 from .checkpoint import Checkpoint, save_checkpoint
@@ -88,15 +90,17 @@ def tune(
     initial, init_note = _initial(backbone, task, config, checkpoint)
     with _interruptible() as stop:
         monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
+        texts = StateCache(text_bytes())
         trainer = Trainer(
             backbone,
             rows,
             initial,
             config,
-            validate=_validator(backbone, task, config),
+            validate=_validator(backbone, task, config, texts),
             monitor=monitor,
             save=(lambda found: save_checkpoint(found, folder / CHECKPOINT)) if folder else (lambda found: None),
             stop=stop,
+            texts=texts,
         )
         if checkpoint:
             trainer.restore(checkpoint)
@@ -170,13 +174,15 @@ def _deep_start(config: TuneConfig) -> tuple[torch.Tensor, str] | None:
     return prompt.vectors.repeat(1, 1, 1, times, 1)[:, :, :, : config.tokens].clone(), f"the deep prompt {path.strip()}"
 
 
-def _validator(backbone: Backbone, task: Task, config: TuneConfig) -> Callable[[torch.Tensor], Validation] | None:
+def _validator(
+    backbone: Backbone, task: Task, config: TuneConfig, texts: StateCache
+) -> Callable[[torch.Tensor], Validation] | None:
     if not len(task.validation):
         return None
     split = task.validation.take(config.validation_rows, seed=0)
 
     def validate(vectors: torch.Tensor) -> Validation:
-        report = evaluate_prompt(backbone, split, vectors, max_tokens=config.max_tokens, text_scores=False)
+        report = evaluate_prompt(backbone, split, vectors, max_tokens=config.max_tokens, text_scores=False, texts=texts)
         if report.scores is None:
             return Validation(-report.loss, report.loss, "minus loss")
         error = (report.accuracy * (1 - report.accuracy) / len(split)) ** 0.5
