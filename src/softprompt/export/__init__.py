@@ -1,0 +1,7 @@
+"""Prompts for other engines: PEFT adapters, a model with the prompts in its vocabulary, GGUF, vLLM's embeddings."""
+
+from .collect import collect
+from .model import export_model
+from .peft import export_peft
+
+__all__ = ["collect", "export_model", "export_peft"]
