@@ -26,6 +26,11 @@ def temporary_sibling(path: Path, ending: str) -> Path:
     return path.parent / f".{path.name[:50]}.softprompt-{secrets.token_hex(4)}.{ending}"
 
 
+def original_name(name: str) -> str | None:
+    """.sentiment.softprompt-0123abcd.old -> sentiment, whose old version it is (cut at 50 characters); else None."""
+    return name[1:-24] if is_temporary(name) and name.endswith(".old") else None
+
+
 def leftovers(path: Path) -> list[Path]:
     """Old versions of `path` that a save killed between its two renames has left beside it."""
     pattern = re.compile(re.escape(f".{path.name[:50]}.softprompt-") + r"[0-9a-f]{8}\.old")
@@ -75,6 +80,23 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], stale: Iterable
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Path(folder)
+
+
+def place_new(folder: Path, target: Path) -> bool:
+    """Rename `folder` to `target`, on the same file system, unless something is there: then False, nothing is changed.
+
+    Of several processes that place a folder under one name at once, one gets it. Raises OutputError (not writable).
+    """
+    try:
+        if os.path.lexists(target):
+            return False
+        os.rename(folder, target)  # onto a folder with something in it, which may have come meanwhile, it fails
+        _sync_folder(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise output_error(target, error, 0) from error
+    return True
 
 
 def output_error(path: Path, error: OSError, size: int) -> OutputError:

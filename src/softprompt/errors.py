@@ -43,5 +43,13 @@ class OutputError(SoftPromptError, RuntimeError):
     """A result cannot be written: the folder holds something else, is not writable, or the disk is full."""
 
 
+class LibraryError(SoftPromptError, ValueError):
+    """A folder of prompts has no prompt of that name, has one already, or the name cannot be one."""
+
+
+class HubError(SoftPromptError, RuntimeError):
+    """A model hub cannot be reached, or does not have or take what was asked for."""
+
+
 class TrainingError(SoftPromptError, RuntimeError):
     """Tuning cannot go on, for instance because the loss is not a finite number."""
