@@ -127,9 +127,9 @@ def test_what_is_not_there(library: Library, tmp_path: Path) -> None:
         library.get("x")
     with pytest.raises(LibraryError, match="no prompt 'topic@2'"):
         library.get("topic@2")
-    with pytest.raises(LibraryError, match="cannot read the library .*nowhere: No such file"):
+    with pytest.raises(LibraryError, match=r"cannot read the library .*nowhere: No such file"):
         Library(tmp_path / "nowhere").get("x")
-    with pytest.raises(LibraryError, match="cannot read the library .*nowhere: No such file"):
+    with pytest.raises(LibraryError, match=r"cannot read the library .*nowhere: No such file"):
         Library(tmp_path / "nowhere").remove("x")
 
 
