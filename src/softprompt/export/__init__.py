@@ -3,5 +3,6 @@
 from .collect import collect
 from .model import export_model
 from .peft import export_peft
+from .vllm import export_vllm, prompt_embeds
 
-__all__ = ["collect", "export_model", "export_peft"]
+__all__ = ["collect", "export_model", "export_peft", "export_vllm", "prompt_embeds"]

@@ -11,11 +11,13 @@ from .vocabulary import Entry
 
 # What stands in the fields while texts are compared: words, digits, punctuation, another script, spaces.
 VALUES = ("a fine film", "Hello, world! It's 22/7.", "Ünïcödé 中文 русский", "two  spaces ", "x")
+# For a prompt from elsewhere that came without a template: soft tokens before the text.
+WITHOUT_TEMPLATE = Template.make("{soft}{text}", " {answer}")
 
 
 def template_of(entry: Entry) -> Template:
-    """The prompt's template; for one from elsewhere, that came without, soft tokens before the text."""
-    return entry.prompt.template or Template.make("{soft}{text}", " {answer}")
+    """The prompt's template."""
+    return entry.prompt.template or WITHOUT_TEMPLATE
 
 
 def usage(entry: Entry, before: Any, after: Any, named: bool = True) -> dict[str, Any]:
