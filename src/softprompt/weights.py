@@ -120,7 +120,7 @@ def _from_hub(hub_id: str, tried: list[str], report: Report) -> Path | None:
         tried.append("the hub: not asked, because HF_HUB_OFFLINE is set")
         return None
     try:
-        info = _within(2 * HUB_SECONDS, lambda: HfApi().model_info(hub_id, timeout=HUB_SECONDS))
+        info = within(2 * HUB_SECONDS, lambda: HfApi().model_info(hub_id, timeout=HUB_SECONDS))
         if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or ()):
             tried.append("the hub: it has this repository, but without safetensors weights")
             return None
@@ -134,7 +134,7 @@ def _from_hub(hub_id: str, tried: list[str], report: Report) -> Path | None:
     return Path(folder)
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
+def within(seconds: float, call: Callable[[], Any]) -> Any:
     """The result of `call`, or TimeoutError. A name server that does not answer keeps to no other time limit."""
     results: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
 

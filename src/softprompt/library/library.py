@@ -192,12 +192,7 @@ class Library:
 
         Raises what `build` raises, LibraryError and OutputError; nothing is then left behind.
         """
-        name, version = check_name(reference)
-        if new_version and version is not None:
-            raise LibraryError(f"'{reference}' is one version already; give the name alone for a new version")
-        if not new_version:
-            self._check_free(name, version)
-        self._check_case(name)
+        name, version = self.check_new(reference, new_version=new_version)
         temporary = temporary_sibling(self.folder / folder_name(name, version or 1), "new")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -207,6 +202,16 @@ class Library:
             raise output_error(self.folder / name, error, 0) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def check_new(self, reference: str, *, new_version: bool = False) -> tuple[str, int | None]:
+        """Raise the LibraryError that `save` would raise, as far as it can be known now; name and version."""
+        name, version = check_name(reference)
+        if new_version and version is not None:
+            raise LibraryError(f"'{reference}' is one version already; give the name alone for a new version")
+        if not new_version:
+            self._check_free(name, version)
+        self._check_case(name)
+        return name, version
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
