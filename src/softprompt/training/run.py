@@ -76,45 +76,96 @@ def tune(
 
     Raises ConfigError (settings), DataError (rows), OutputError (folder), TrainingError (a loss that is not finite).
     """
-    config = _settle(config, settings)
-    backbone.model.eval()  # no dropout, whatever the caller did with the model
+    config = settle(config, settings)
     folder = Path(run_folder) if run_folder is not None else None
-    check_init(config.init)
     listeners = (listen,) if callable(listen) else tuple(listen)
-    if not len(task.train):
-        raise DataError("the training split has no rows; give more data or another share")
-    encoder = _encoder(backbone, task, config)
-    rows, cut = encode_rows(encoder, task.train)
-    recorded = record(backbone, task, config)
-    checkpoint = prepare(folder, resume, recorded, config_text)
-    initial, init_note = _initial(backbone, task, config, checkpoint)
-    with _interruptible() as stop:
-        monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
-        texts = StateCache(text_bytes())
-        trainer = Trainer(
-            backbone,
-            rows,
-            initial,
-            config,
-            validate=_validator(backbone, task, config, texts),
-            monitor=monitor,
-            save=(lambda found: save_checkpoint(found, folder / CHECKPOINT)) if folder else (lambda found: None),
-            stop=stop,
-            texts=texts,
-        )
-        if checkpoint:
-            trainer.restore(checkpoint)
-        monitor.open(trainer.step if checkpoint else None)
-        if not checkpoint:
-            monitor.add("start", 0, steps=trainer.steps, rows=len(rows), cut_rows=cut, init=init_note)
+    run = begin(backbone, task, config, folder=folder, resume=resume, listeners=listeners, config_text=config_text)
+    with interruptible() as stop:
+        reason = run.go_on(stop)
+    return finish(run, reason, baselines)
+
+
+@dataclass
+class Run:
+    """A run that is ready to train: what `tune` makes once, and a sweep once for each of its trials.
+
+    resumed: whether it goes on from what its folder holds. note: what the initialiser did.
+    """
+
+    backbone: Backbone
+    task: Task
+    config: TuneConfig
+    folder: Path | None
+    recorded: dict[str, Any]
+    trainer: Trainer
+    monitor: Monitor
+    resumed: bool
+    cut: int = 0
+    note: str = ""
+
+    def go_on(self, stop: Callable[[], bool]) -> str:
+        """Train until the end or until `stop` says so after a step; returns why it ended (see `Trainer.run`)."""
+        trainer, monitor = self.trainer, self.monitor
+        trainer.stop = stop
+        monitor.open(trainer.step if self.resumed else None)
+        if not self.resumed:
+            start = {"steps": trainer.steps, "rows": len(trainer.rows), "cut_rows": self.cut, "init": self.note}
+            monitor.add("start", 0, **start)
+        self.resumed = True
         try:
-            reason = trainer.run()
+            return trainer.run()
         finally:
             monitor.close()
-    return _finish(backbone, task, config, trainer, monitor, folder, recorded, reason, cut, baselines)
 
 
-def _settle(config: TuneConfig | None, settings: dict[str, Any]) -> TuneConfig:
+def begin(
+    backbone: Backbone,
+    task: Task,
+    config: TuneConfig,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    config_text: str | None = None,
+    texts: StateCache | None = None,
+    encoded: tuple[list[Row], int] | None = None,
+) -> Run:
+    """Make a run ready: everything that can fail before the first step fails here.
+
+    texts: where the states of texts before any soft token are kept, which runs of one backbone may share. encoded: the
+    training rows as `encode_task` gives them, if that has been done for another run.
+    """
+    backbone.model.eval()  # no dropout, whatever the caller did with the model
+    check_init(config.init)
+    rows, cut = encoded or encode_task(backbone, task, config)
+    recorded = record(backbone, task, config)
+    checkpoint = prepare(folder, resume, recorded, config_text)
+    initial, note = _initial(backbone, task, config, checkpoint)
+    monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
+    texts = texts if texts is not None else StateCache(text_bytes())
+    trainer = Trainer(
+        backbone,
+        rows,
+        initial,
+        config,
+        validate=_validator(backbone, task, config, texts),
+        monitor=monitor,
+        save=(lambda found: save_checkpoint(found, folder / CHECKPOINT)) if folder else (lambda found: None),
+        texts=texts,
+    )
+    if checkpoint:
+        trainer.restore(checkpoint)
+    return Run(backbone, task, config, folder, recorded, trainer, monitor, checkpoint is not None, cut, note)
+
+
+def encode_task(backbone: Backbone, task: Task, config: TuneConfig) -> tuple[list[Row], int]:
+    """The training rows as ids, and how many had to be cut. Raises DataError (no rows), ConfigError (no room)."""
+    if not len(task.train):
+        raise DataError("the training split has no rows; give more data or another share")
+    return encode_rows(_encoder(backbone, task, config), task.train)
+
+
+def settle(config: TuneConfig | None, settings: dict[str, Any]) -> TuneConfig:
     from pydantic import ValidationError
 
     try:
@@ -192,7 +243,7 @@ def _validator(
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Within it the first Ctrl-C (or SIGTERM) asks the run to stop after its step; the second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -236,19 +287,10 @@ def _tensorboard(folder: Path | None, config: TuneConfig) -> list[Listener]:
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def _finish(
-    backbone: Backbone,
-    task: Task,
-    config: TuneConfig,
-    trainer: Trainer,
-    monitor: Monitor,
-    folder: Path | None,
-    recorded: dict[str, Any],
-    reason: str,
-    cut: int,
-    baselines: Sequence[dict[str, Any]],
-) -> TuneResult:
-    prompt = _prompt(backbone, task, trainer, recorded, reason)
+def finish(run: Run, reason: str, baselines: Sequence[dict[str, Any]] = ()) -> TuneResult:
+    """What came out of a run, with its validation scores, report.html and result.json."""
+    trainer, task, config, folder = run.trainer, run.task, run.config, run.folder
+    prompt = prompt_of(run, reason)
     validation: Report | None = None
     page = None
     if reason != "interrupted" and len(task.validation):
@@ -256,34 +298,38 @@ def _finish(
         validation = found.details if found else None
         if validation is None:  # free text has only been scored by its loss so far, or the best is from before resuming
             split = task.validation.take(config.validation_rows, seed=0)
-            validation = evaluate_prompt(backbone, split, prompt.vectors, max_tokens=config.max_tokens)
+            validation = evaluate_prompt(run.backbone, split, prompt.vectors, max_tokens=config.max_tokens)
         prompt.metrics["validation"] = validation.to_dict(brief=True)
     if folder and reason != "interrupted":
-        page = _write_page(folder, backbone, prompt, trainer.initial, monitor.events, recorded, validation, baselines)
+        page = _write_page(
+            folder, run.backbone, prompt, trainer.initial, run.monitor.events, run.recorded, validation, baselines
+        )
         summary = {"reason": reason, "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds}
         summary["validation"] = prompt.metrics.get("validation")
         (folder / "result.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return TuneResult(
         prompt,
-        monitor.events,
+        run.monitor.events,
         validation,
         page,
         reason,
         folder,
         trainer.step,
         trainer.seconds,
-        cut,
+        run.cut,
         trainer.initial,
-        recorded,
+        run.recorded,
     )
 
 
-def _prompt(backbone: Backbone, task: Task, trainer: Trainer, recorded: dict[str, Any], reason: str) -> SoftPrompt:
+def prompt_of(run: Run, reason: str) -> SoftPrompt:
+    """The best vectors of a run so far, or the last where nothing was validated, with where they came from."""
+    trainer, backbone = run.trainer, run.backbone
     step = trainer.best_step or trainer.step
     provenance = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "architecture": backbone.architecture,
-        "run": recorded,
+        "run": run.recorded,
         "versions": versions(),
         "step": step,
         "steps": trainer.steps,
@@ -292,7 +338,7 @@ def _prompt(backbone: Backbone, task: Task, trainer: Trainer, recorded: dict[str
     }
     vectors = trainer.best if trainer.best_step else trainer.parameters.vectors().detach()
     return SoftPrompt(
-        vectors.clone(), task.template, backbone.name, backbone.fingerprint, backbone.tokenizer_hash, provenance
+        vectors.clone(), run.task.template, backbone.name, backbone.fingerprint, backbone.tokenizer_hash, provenance
     )
 
 
