@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .inference import generate as generate
     from .inference import loss_and_gradient as loss_and_gradient
     from .inference import stream as stream
+    from .library import Library as Library
     from .prompt import SoftPrompt as SoftPrompt
     from .templates import Template as Template
     from .training.config import TuneConfig as TuneConfig
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Backbone": "backbone",
     "Classified": "inference",
+    "Library": "library",
     "LossAndGradient": "computation",
     "Report": "evaluation.runner",
     "Sampling": "evaluation.generation",

@@ -28,7 +28,7 @@ PANELS = {
         *("test_rows", "max_new_tokens"),
     ),
     "Template": ("input", "target", "chat", "labels"),
-    "Files written": ("name", "out", "run", "overwrite", "resume"),
+    "Files written": ("name", "out", "run", "overwrite", "new_version", "resume"),
     "Soft prompt": ("kind", "tokens", "init", "init_text", "reparametrisation", "sink"),
 }
 REST = "Tuning"
@@ -81,7 +81,14 @@ class RunConfig(TuneConfig):
     name: str | None = Field(None, description="name of the run; default: that of the prompt folder or training file")
     out: str | None = Field(None, description="prompt folder that is written; default: prompts/NAME")
     run: str | None = Field(None, description="run folder; default: runs/NAME, or runs/NAME-2 if that is taken")
+    auto: bool = Field(
+        False, description="first try a few learning rates and initialisers in a small sweep, then tune with the best"
+    )
     overwrite: bool = Field(False, description="replace the prompt that the prompt folder holds")
+    new_version: bool = Field(
+        False,
+        description="if the prompt folder is there already: write a further version, NAME@2, and keep the old one",
+    )
     resume: str | None = Field(None, description="run folder of an earlier run to go on with, with its own config")
 
     @field_validator("*", mode="before")
@@ -179,6 +186,16 @@ def load_config(
     with every mistake that can be known before a model is loaded.
     """
     problems: list[str] = []
+    return check_config(gather(path, overrides, flags, problems), problems)
+
+
+def gather(
+    path: str | Path | None, overrides: Sequence[str], flags: Mapping[str, Any] | None, problems: list[str]
+) -> dict[str, Any]:
+    """What a config file, overrides and flags say together, unchecked; mistakes in their form go to `problems`.
+
+    Raises ConfigError where there is no file to read.
+    """
     above = _from_texts(overrides, flags or {}, problems)
     resume = above.get("resume")
     if resume is not None:
@@ -194,7 +211,7 @@ def load_config(
         raise ConfigError(f"resume: the run in {resume} was started from Python; go on with tune(..., resume=True)")
     if resume is not None and data.get("run") is not None:
         data["run"] = str(resume)  # the folder may have been moved
-    return check_config({**data, **above}, problems)
+    return {**data, **above}
 
 
 def check_config(data: Mapping[str, Any], problems: Sequence[str] = ()) -> RunConfig:
@@ -228,6 +245,10 @@ def settle(sound: Mapping[str, Any]) -> dict[str, Any]:
     name = data.get("name") or (Path(data["out"]).name if data.get("out") else _name_of(data.get("train") or "prompt"))
     data["name"] = name
     data["out"] = data.get("out") or f"prompts/{name}"
+    if data.get("new_version"):
+        from .library.names import next_version  # loads torch, so only where it is asked for
+
+        data["out"] = str(next_version(data["out"]))
     data["run"] = data.get("run") or data.get("resume") or free_run(Path("runs") / name)
     return data
 
@@ -298,7 +319,9 @@ def _is_text(annotation: Any) -> bool:
 def _unknown_keys(data: Mapping[str, Any]) -> list[str]:
     found = []
     for key in data:
-        if key not in RunConfig.model_fields:
+        if key == "sweep":
+            found.append("sweep: is a section for `softprompt sweep`; leave it out, or use that command")
+        elif key not in RunConfig.model_fields:
             near = get_close_matches(str(key), RunConfig.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(RunConfig.model_fields)}"
             found.append(f"{key}: unknown key; {hint}")

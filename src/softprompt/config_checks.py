@@ -153,13 +153,15 @@ def _extras(values: Values) -> Iterator[str]:
 
 def _prompt_folder(values: Values) -> Iterator[str]:
     folder = Path(values["out"])
+    if values.get("overwrite") and values.get("new_version"):
+        yield "overwrite: replaces the old prompt, new_version keeps it; give one of the two"
     if folder.is_dir() and any(folder.iterdir()):
         from .fileformat import check_output  # loads torch, so only where there is something to look at
 
         try:
             check_output(folder, bool(values.get("overwrite")))
         except OutputError as error:
-            hint = " (--overwrite)" if "overwritten" in str(error) else ""
+            hint = " (--overwrite, or --new-version to keep both)" if "overwritten" in str(error) else ""
             yield f"out: {error}{hint}"
     elif reason := _why_not_writable(folder):
         yield f"out: {reason}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, doctor, evaluate, import_, list_, run, tune
+from . import demo, doctor, evaluate, hub, import_, library, list_, run, tune
 from .command import DEBUG, FAILED, INTERRUPTED, JSON, QUIET, WRONG_USE
 from .output import Output
 
@@ -48,6 +48,12 @@ for name, function in {
     "evaluate": evaluate.evaluate,
     "run": run.run,
     "list": list_.list_,
+    "rename": library.rename,
+    "remove": library.remove,
+    "copy": library.copy,
+    "verify": library.verify,
+    "push": hub.push,
+    "pull": hub.pull,
     "import": import_.import_,
     "demo": demo.demo,
     "doctor": doctor.doctor,

@@ -47,9 +47,9 @@ class Library:
         """
         return self._scan(fingerprint)
 
-    def verify(self) -> Scan:
-        """The same, with every file read anew whatever is remembered."""
-        return self._scan(fresh=True)
+    def verify(self, name: str | None = None) -> Scan:
+        """The same, with every file read anew whatever is remembered; only the versions of `name`, if it is given."""
+        return self._scan(fresh=True, only=name)
 
     def list(self) -> Rows:
         """Plain data for each prompt: name, version, newest, path, sha256, problems, and what `summarise` says."""
@@ -106,10 +106,11 @@ class Library:
         """
         return self.place(lambda folder: save_prompt(prompt, folder), reference, new_version=new_version)
 
-    def copy(self, source: str, target: str, *, new_version: bool = False) -> Path:
+    def copy(self, source: str, target: str, *, new_version: bool = False, to: Library | None = None) -> Path:
         """Copy the prompt folder that `source` means, with what else it holds; `target` and errors as for `save`.
 
-        `copy("sentiment@1", "sentiment", new_version=True)` makes an old version the newest again.
+        to: another library that the copy goes to. `copy("sentiment@1", "sentiment", new_version=True)` makes an old
+        version the newest again.
         """
         entry = self.find(source)
 
@@ -118,7 +119,7 @@ class Library:
             if content_hash(folder) != entry.sha256:
                 raise LibraryError(f"{entry.path} was changed while it was copied: try again")
 
-        return self.place(build, target, new_version=new_version)
+        return (to or self).place(build, target, new_version=new_version)
 
     def rename(self, old: str, new: str) -> Folders:
         """Give a prompt with all its versions, or with `old` as `name@version` that one, another name; the new folders.
@@ -250,7 +251,7 @@ class Library:
 
     def _unknown(self, reference: str) -> LibraryError:
         known = [name for name in _held(self.folder) if not name.startswith(".")]
-        near = get_close_matches(reference, known, n=1, cutoff=0.5)
+        near = get_close_matches(reference, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(known[:8]) or 'none'}"
         return LibraryError(f"no prompt {reference[:140]!r} in {self.folder}{hint}")
 
