@@ -287,7 +287,7 @@ def test_a_folder_replaced_while_it_is_read_is_read_again(root: Path, monkeypatc
 
 def test_a_folder_that_changes_all_the_time_is_told_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = iter(range(1000))
-    monkeypatch.setattr(scanning, "identity", lambda folder: (0, next(count)))
+    monkeypatch.setattr(scanning, "identity", lambda folder: ((False, 0, 0), (False, next(count))))
     assert ["changes while it is read" in entry.problems[0] for entry in Library(root).scan()] == [True] * 3
 
 

@@ -101,28 +101,29 @@ def content_hash(folder: Path) -> str:
 
 def identity(folder: Path) -> Identity | None:
     """What changes when a prompt's files are replaced or written to, cheaply found. None if there is no such folder."""
+    about = _about(folder)
+    # Of the folder only what it is: its times also change with what else it holds.
+    return None if about is None else (about[:3], *(_about(folder / name) for name in FILES))
+
+
+def _about(path: Path) -> Identity | None:
+    """Whether it is a link, device, inode, and of a file also size and times; of a link, those of what it leads to."""
     try:
-        about = os.stat(folder)
+        about = os.lstat(path)
+        linked = stat.S_ISLNK(about.st_mode)
+        if linked:
+            about = os.stat(path)
     except OSError:
         return None
-    return (about.st_dev, about.st_ino, *(_file_identity(folder / name) for name in FILES))
+    return linked, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
-def _file_identity(path: Path) -> Identity | None:
-    try:
-        about = os.stat(path)
-    except OSError:
-        return None
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
-
-
-def candidates(root: Path, listed: Iterable[str] | None = None) -> list[str]:
+def candidates(root: Path) -> list[str]:
     """The names of the folders in a library that are prompts, or were to be (empty folders, links that lead nowhere).
 
-    listed: what is in the library, if that is known. Raises OSError.
+    Raises OSError.
     """
-    listed = os.listdir(root) if listed is None else listed
-    return [name for name in sorted(listed) if not name.startswith(".") and _is_candidate(root / name)]
+    return [name for name in sorted(os.listdir(root)) if not name.startswith(".") and _is_candidate(root / name)]
 
 
 def _is_candidate(path: Path) -> bool:
@@ -165,11 +166,11 @@ class Reader:
         else:
             names = [name for name in names if split_version(name)[0] == only]
             aside = {name: old for name, old in aside.items() if split_version(name)[0] == only}
-        found = [entry for name in names if (entry := self._read(name, fresh)) is not None]
+        found = [entry for name in sorted(names) if (entry := self._read(name, fresh)) is not None]
         return [*found, *(_interrupted(self.root, name, old) for name, old in aside.items())], ""
 
     def _settled_names(self) -> tuple[list[str], dict[str, str]]:
-        """The folders there are, and what a save that was killed between its two renames has put aside.
+        """What is in the library, and what a save that was killed between its two renames has put aside.
 
         One that is alive needs a moment between them: a name that is missing meanwhile is waited for.
         """
@@ -179,19 +180,21 @@ class Reader:
             if not aside:
                 break
             time.sleep(PAUSE)
-        return candidates(self.root, listed), aside
+        return [name for name in listed if not name.startswith(".")], aside
 
     def _read(self, name: str, fresh: bool) -> Entry | None:
-        """The entry of one folder; None if it is gone."""
+        """The entry of one folder; None if it is gone, or never was a prompt."""
         entry = _named(self.root, name)
-        if outside := _leads_outside(self.root, entry.path):  # not a byte of it is read
-            return _with(entry, outside)
         for _ in range(TRIES):
             before, now = identity(entry.path), time.time_ns()
-            kept = None if fresh else self._kept.get(name)
-            if before is not None and kept is not None and kept.identity == before:
+            kept = self._kept.get(name)
+            if before is not None and kept is not None and kept.identity == before and not fresh:
                 return _with(kept, *entry.problems)
             if before is not None:
+                if not _is_candidate(entry.path):
+                    return None
+                if outside := _leads_outside(self.root, entry.path, before):  # not a byte of it is read
+                    return _with(entry, outside)
                 made = replace(_examine(replace(entry, problems=())), identity=before)
                 if identity(entry.path) == before:
                     if _settled(before, now):
@@ -234,15 +237,18 @@ def _examine(entry: Entry) -> Entry:
 
 def _settled(found: Identity, now: int) -> bool:
     """Whether the files were last written so long before `now` that any later write shows in their times."""
-    return all(now - max(each[3:]) > SETTLED for each in found[2:] if each is not None)
+    return all(now - max(each[4:]) > SETTLED for each in found[1:] if each is not None)
 
 
-def _leads_outside(root: Path, path: Path) -> str:
+def _leads_outside(root: Path, path: Path, found: Identity) -> str:
     """What is wrong if the folder, or one of its files, is a link to something that is not in the library; or ''."""
-    inside = os.path.realpath(root)
-    for each in (path, *(path / name for name in FILES)):
-        where = os.path.realpath(each)
-        if os.path.commonpath([inside, where]) != inside:
+    paths = (path, *(path / name for name in FILES))
+    linked = [
+        each for each, about in zip(paths, found) if about is None or about[0]
+    ]  # None: a link that leads nowhere?
+    inside = os.path.realpath(root) if linked else ""
+    for each in linked:
+        if os.path.commonpath([inside, os.path.realpath(each)]) != inside:
             return f"{each} is a link that leads out of the library; put a copy of the prompt there instead"
     return ""
 
