@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .training.config import TuneConfig as TuneConfig
     from .training.run import TuneResult as TuneResult
     from .training.run import tune as tune
+    from .training.sweep import SweepResult as SweepResult
+    from .training.sweep import sweep as sweep
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,7 @@ _HOMES = {
     "SoftPrompt": "prompt",
     "SoftPromptError": "errors",
     "Split": "data",
+    "SweepResult": "training.sweep",
     "Task": "data",
     "Template": "templates",
     "TuneConfig": "training.config",
@@ -48,6 +51,7 @@ _HOMES = {
     "generate": "inference",
     "loss_and_gradient": "inference",
     "stream": "inference",
+    "sweep": "training.sweep",
     "tune": "training.run",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 (they are strings)

@@ -38,6 +38,11 @@ class Monitor:
         os.replace(temporary, self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
+    def look_back(self, step: int) -> None:
+        """Read the events up to that step, where nothing is to be added to them."""
+        if self.path is not None and self.path.exists():
+            self.events = [e for e in read_events(self.path) if e["step"] <= step]
+
     def add(self, event: str, step: int, **facts: Any) -> None:
         entry = {"event": event, "step": step, **facts}
         self.events.append(entry)
