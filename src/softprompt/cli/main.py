@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, doctor, evaluate, hub, import_, library, list_, run, tune
+from . import compare, demo, doctor, evaluate, export, hub, import_, library, list_, run, serve, tune
 from .command import DEBUG, FAILED, INTERRUPTED, JSON, QUIET, WRONG_USE
 from .output import Output
 
@@ -47,6 +47,7 @@ for name, function in {
     "tune": tune.tune,
     "evaluate": evaluate.evaluate,
     "run": run.run,
+    "compare": compare.compare,
     "list": list_.list_,
     "rename": library.rename,
     "remove": library.remove,
@@ -54,7 +55,9 @@ for name, function in {
     "verify": library.verify,
     "push": hub.push,
     "pull": hub.pull,
+    "export": export.export,
     "import": import_.import_,
+    "serve": serve.serve,
     "demo": demo.demo,
     "doctor": doctor.doctor,
 }.items():

@@ -1,0 +1,158 @@
+"""`softprompt serve`: every task in a folder under one OpenAI-compatible address."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .command import command
+from .options import DEVICE, PRECISION, THREADS, load_backbone
+from .output import Output
+
+if TYPE_CHECKING:
+    from ..server.service import Service
+    from ..server.settings import ServerSettings
+
+LIMITS_PANEL, SAFETY_PANEL = "Limits", "Safety"
+KEYS = "SOFTPROMPT_API_KEYS"
+
+
+@command
+def serve(
+    out: Output,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of prompt folders; it is watched.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder, .gguf file or alias; default: the prompts' own.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; beyond this machine a key is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    key_file: Annotated[
+        str | None,
+        typer.Option(
+            help=f"File with the keys that clients may use, one a line (or sha256: and its hash); also {KEYS}.",
+            rich_help_panel=SAFETY_PANEL,
+        ),
+    ] = None,
+    admin_key_file: Annotated[
+        str | None, typer.Option(help="The same for /admin, which is closed without it.", rich_help_panel=SAFETY_PANEL)
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Texts under way at once.", rich_help_panel=LIMITS_PANEL)] = 32,
+    queue: Annotated[int, typer.Option(min=0, help="Texts that may wait.", rich_help_panel=LIMITS_PANEL)] = 256,
+    step_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of new texts read between two of running ones.", rich_help_panel=LIMITS_PANEL),
+    ] = 128,
+    cache_gb: Annotated[
+        float, typer.Option(min=0.01, help="Keys and values of texts under way, in GB.", rich_help_panel=LIMITS_PANEL)
+    ] = 2.0,
+    prompt_cache_gb: Annotated[
+        float, typer.Option(min=0.0, help="Keys and values kept for prompts, in GB.", rich_help_panel=LIMITS_PANEL)
+    ] = 1.0,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest answer; default: what the context leaves.", rich_help_panel=LIMITS_PANEL),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a request may take.", rich_help_panel=LIMITS_PANEL)
+    ] = 600.0,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds for requests under way when it stops.", rich_help_panel=LIMITS_PANEL)
+    ] = 30.0,
+    watch: Annotated[float, typer.Option(min=0, help="Seconds between looks at the folder; 0: never.")] = 2.0,
+    precision: PRECISION = "auto",
+    device: DEVICE = None,
+    threads: THREADS = None,
+) -> None:
+    """Serve every prompt in a folder from one model, by OpenAI's API.
+
+    `model` in a request is a prompt's name, name@version, or base. Prompts may come, change and go meanwhile.
+    """
+    settings = _settings(host, port, key_file, admin_key_file, watch, drain, max_tokens, timeout)
+    if not Path(folder).is_dir():
+        raise ConfigError(f"folder: no folder {folder}; make it (it may be empty), or name another one")
+    _check_installed()
+    from ..engine.engine import EngineLimits
+
+    limits = EngineLimits(rows, queue, step_tokens, int(cache_gb * 1e9), int(prompt_cache_gb * 1e9))
+    _log_to_stderr(out)
+    backbone = load_backbone(out, model or _own_model(folder), None, precision, device, threads)
+    from ..server.run import Server, make_service
+
+    service = make_service(backbone, folder, settings, limits)
+    server = Server(service)
+    with server.bound() as (address, sockets):
+        _announce(out, service, address)
+        out.document({"address": address, "models": [name for name, _ in service.registry.listed()]})
+        server.run(sockets)
+
+
+def _settings(
+    host: str,
+    port: int,
+    key_file: str | None,
+    admin_key_file: str | None,
+    watch: float,
+    drain: float,
+    max_tokens: int | None,
+    timeout: float,
+) -> ServerSettings:
+    from ..server.settings import Limits, ServerSettings, read_keys
+
+    keys: list[str] = []
+    if os.environ.get(KEYS):
+        keys += read_keys(os.environ[KEYS].replace(",", "\n"), KEYS)
+    if key_file:
+        keys += read_keys(_read(key_file, "key-file"), "key-file")
+    admin = read_keys(_read(admin_key_file, "admin-key-file"), "admin-key-file") if admin_key_file else ()
+    limits = Limits(tokens=max_tokens, seconds=timeout)
+    return ServerSettings(host, port, tuple(dict.fromkeys(keys)), admin, watch, drain, limits)
+
+
+def _read(path: str, option: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"{option}: cannot read {path}: {why}") from error
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} is not installed; pip install 'softprompt[serve]'")
+
+
+def _own_model(folder: str) -> str:
+    """The model that the prompts of the folder name, if all that name one name the same."""
+    from ..library import Library
+
+    named = {str(entry.summary.get("base_model") or "") for entry in Library(folder).scan() if entry.usable} - {""}
+    if len(named) == 1:
+        return named.pop()
+    found = ", ".join(sorted(named)[:4]) or "none"
+    raise ConfigError(f"model: missing; the prompts in {folder} name {found}; give --model")
+
+
+def _log_to_stderr(out: Output) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("softprompt")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if out.debug else logging.WARNING if out.quiet else logging.INFO)
+
+
+def _announce(out: Output, service: Service, address: str) -> None:
+    now: Any = service.registry.now
+    for name, why in now.skipped.items():
+        out.warn(f"{name} is not served: {why}")
+    count = len({id(task) for task in now.tasks.values()}) - 1
+    out.show(f"serving {count} prompts and base at {address}/v1")
