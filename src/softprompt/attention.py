@@ -282,10 +282,9 @@ def rows_attention(
     attend = functools.partial(_attend, layer=layer, window=sliding_window, softcap=softcap)
     if not rows.leading:
         return attend(query, key, value, rows), None
-    n = rows.lead
-    lead = (key[:, :, :n], value[:, :, :n])
-    first = attend(query[:, :, :n], *lead, rows.leading)
-    rest = attend(query[:, :, n:], key[:, :, n:], value[:, :, n:], rows, lead=lead)
+    sizes = (rows.lead, query.shape[2] - rows.lead)
+    lead, own = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    first, rest = attend(*lead, rows.leading), attend(*own, rows, lead=lead[1:])
     return torch.cat([first, rest], dim=1), None
 
 
