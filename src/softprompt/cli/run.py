@@ -113,7 +113,7 @@ def _rows(template: Template, texts: list[str], file: str | None, format: str | 
             raise ConfigError("give either a text or --file, not both")
         return _file_rows(template, file, format)
     if texts:
-        return [_argument_row(template, texts)]
+        return [argument_row(template, texts)]
     if not template.fields:
         return [{}]
     if sys.stdin.isatty():
@@ -125,7 +125,8 @@ def _rows(template: Template, texts: list[str], file: str | None, format: str | 
     return [{field: text}]
 
 
-def _argument_row(template: Template, texts: list[str]) -> dict[str, str]:
+def argument_row(template: Template, texts: list[str]) -> dict[str, str]:
+    """The row that TEXT, or FIELD=VALUE for each field, stands for. Raises ConfigError, DataError."""
     pairs = [text.partition("=") for text in texts]
     named = all(equals and key.strip() in template.fields for key, equals, _ in pairs)
     if not named:

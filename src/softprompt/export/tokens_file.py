@@ -31,10 +31,7 @@ def save_tokenizer(tokenizer: Any, entries: Sequence[Entry], folder: Path) -> tu
     BackboneError when it is not of the `tokenizers` library, or when what was saved reads any of our probes differently
     or the texts of the rows as anything else than them.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise BackboneError(
-            f"{type(tokenizer).__name__} is not a tokenizer with a tokenizer.json, which alone can be extended"
-        )
+    _check_kind(tokenizer)
     tokenizer.save_pretrained(str(folder))
     unchanged = _read(folder)
     for stale in FILES:  # a loader that preferred one of these would not know the new tokens
@@ -59,6 +56,20 @@ def save_tokenizer(tokenizer: Any, entries: Sequence[Entry], folder: Path) -> tu
     if named and tokenizer.chat_template != saved.chat_template:
         raise BackboneError("the chat template does not survive being saved with the tokenizer")
     return saved, named
+
+
+def in_memory(tokenizer: Any, entries: Sequence[Entry]) -> Any:
+    """The same tokenizer without a folder."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    _check_kind(tokenizer)
+    described = extended(json.loads(tokenizer.backend_tokenizer.to_str()), entries)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), **tokenizer.special_tokens_map
+    )
+    made.chat_template = tokenizer.chat_template
+    return made
 
 
 def naming_chat_template(template: str, entries: Sequence[Entry]) -> str:
@@ -90,6 +101,13 @@ def extended(described: dict[str, Any], entries: Sequence[Entry]) -> dict[str, A
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "added_tokens": [*described.get("added_tokens", []), *tokens],
     }
+
+
+def _check_kind(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise BackboneError(
+            f"{type(tokenizer).__name__} is not a tokenizer with a tokenizer.json, which alone can be extended"
+        )
 
 
 def _any_row(entries: Sequence[Entry]) -> str:
