@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from .evaluation.generation import Sampling as Sampling
     from .evaluation.runner import Report as Report
     from .evaluation.runner import evaluate as evaluate
+    from .export import export_gguf as export_gguf
+    from .export import export_model as export_model
+    from .export import export_peft as export_peft
+    from .export import export_vllm as export_vllm
     from .inference import Classified as Classified
     from .inference import classify as classify
     from .inference import generate as generate
@@ -48,6 +52,10 @@ _HOMES = {
     "TuneResult": "training.run",
     "classify": "inference",
     "evaluate": "evaluation.runner",
+    "export_gguf": "export",
+    "export_model": "export",
+    "export_peft": "export",
+    "export_vllm": "export",
     "generate": "inference",
     "loss_and_gradient": "inference",
     "stream": "inference",
