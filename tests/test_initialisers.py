@@ -294,12 +294,12 @@ def test_another_prompt_of_another_width() -> None:
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        ("lables", "unknown initialiser 'lables', did you mean 'labels'? there are text, labels, vocabulary, random"),
+        ("lables", "unknown initialiser 'lables', did you mean 'labels'? there are text, examples, labels"),
         ("Text", "did you mean 'text'?"),
         ("vocab", "did you mean 'vocabulary'?"),
         ("prompt:", "did you mean 'prompt:PATH'?"),
         ("prompts/mood", "did you mean 'prompt:PATH'?"),
-        ("zzz", "unknown initialiser 'zzz': there are text, labels"),
+        ("zzz", "unknown initialiser 'zzz': there are text, examples"),
         ("", "unknown initialiser '': there are"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from .errors import DataError, OutputError, TemplateError
 from .tables import read_table
 from .templates import Template
 
-INITIALISERS = ("text", "labels", "vocabulary", "random")
+INITIALISERS = ("text", "examples", "labels", "vocabulary", "random")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "float64")
 CHEAP_BYTES = 32 << 20  # a table up to this size is read to check its columns
 Values = Mapping[str, Any]
@@ -149,6 +149,8 @@ def _lengths(values: Values) -> Iterator[str]:
 def _extras(values: Values) -> Iterator[str]:
     if values.get("tensorboard") and find_spec("tensorboard") is None:
         yield "tensorboard: not installed; pip install tensorboard, or leave it off"
+    if values.get("auto") and values.get("validation") is None and not values.get("shares", (1, 1, 1))[1]:
+        yield "auto: compares by validation rows; give a file or a share of the rows for validation"
 
 
 def _prompt_folder(values: Values) -> Iterator[str]:

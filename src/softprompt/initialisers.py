@@ -21,7 +21,7 @@ from .vocabulary import mean_and_spread, ordinary_tokens, text_ids
 if TYPE_CHECKING:
     from .templates import Template
 
-INITIALISERS = ("text", "labels", "vocabulary", "random")
+INITIALISERS = ("text", "examples", "labels", "vocabulary", "random")
 FREQUENT = 5_000  # how many of the most frequent tokens to draw from, as in Lester et al. 2021 (section 3.2)
 
 
@@ -47,12 +47,14 @@ def initialise(
     generator: torch.Generator,
     template: Template | None = None,
     init_text: str | None = None,
+    examples: str | None = None,
     load: Callable[[str], SoftPrompt] = load_prompt,
 ) -> tuple[Tensor, str]:
     """The first vectors [P, H] of a prompt of `tokens` tokens, and what was done, for its provenance.
 
-    The same state of `generator` (on the CPU) gives the same vectors. Raises ConfigError (unknown initialiser, no
-    labels, an empty text, another width) and, for prompt:PATH, what `load` raises.
+    examples: a few training rows as text, for init 'examples'. The same state of `generator` (on the CPU) gives the
+    same vectors. Raises ConfigError (unknown initialiser, no labels, an empty text, another width) and, for
+    prompt:PATH, what `load` raises.
     """
     check_init(init)
     if not 1 <= tokens <= MAX_TOKENS:
@@ -61,6 +63,10 @@ def initialise(
         raise ConfigError(f"init_text is only used by init 'text', init is {init!r}: leave one of them out")
     if init == "text":
         vectors, said = from_text(instruction(template) if init_text is None else init_text, table, tokenizer, tokens)
+    elif init == "examples":
+        if not examples:
+            raise ConfigError("init 'examples' needs training rows to start from: use 'text' or 'vocabulary'")
+        vectors, said = from_text(examples, table, tokenizer, tokens)
     elif init == "labels":
         vectors, said = from_labels(label_texts(template), table, tokenizer, tokens, generator)
     elif init == "vocabulary":

@@ -16,7 +16,9 @@ class TuneConfig(BaseModel):
         "embedding", description="embedding: P vectors before the first layer; deep: keys and values in each layer"
     )
     tokens: int = Field(20, ge=1, le=1024, description="soft tokens P")
-    init: str = Field("text", description="where the vectors start: text, labels, vocabulary, random, or prompt:PATH")
+    init: str = Field(
+        "text", description="where the vectors start: text, examples, labels, vocabulary, random, or prompt:PATH"
+    )
     init_text: str | None = Field(None, description="text for init=text; without it an instruction made from the task")
     learning_rate: float = Field(
         0.05, gt=0, description="in units of the embedding table's RMS, so that one value serves models of any scale"

@@ -21,7 +21,7 @@ from ..computation import deep_from_tokens
 from ..data import Split, Task
 from ..encoding import Encoder
 from ..errors import ConfigError, DataError
-from ..evaluation.runner import Report, evaluate_prompt
+from ..evaluation.runner import Report, evaluate_prompt, pick_shots
 from ..fileformat import load_prompt
 from ..initialisers import check_init, initialise
 from ..machine import text_bytes
@@ -207,10 +207,18 @@ def _initial(
         generator=torch.Generator().manual_seed(config.seed),
         template=task.template,
         init_text=config.init_text,
+        examples=_examples(task, config) if config.init == "examples" else None,
     )
     if config.kind == "deep":
         return deep_from_tokens(backbone, vectors), f"keys and values that the model gives {said}"
     return vectors, said
+
+
+def _examples(task: Task, config: TuneConfig) -> str:
+    """Training rows as text, classes in turn, more than enough of them for P tokens."""
+    plain = task.template.without_soft()
+    picked = pick_shots(task.train, min(len(task.train), config.tokens), config.seed)
+    return "\n\n".join(plain.render_context(row) + plain.render_target(row) for row in picked)
 
 
 def _deep_start(config: TuneConfig) -> tuple[torch.Tensor, str] | None:

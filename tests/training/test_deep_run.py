@@ -1,0 +1,102 @@
+"""Tuning deep prompts end to end on a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_run import SETTINGS, make_task
+
+import softprompt as sp
+from softprompt.computation import deep_from_tokens
+from softprompt.errors import BackboneMismatchError, ConfigError
+from softprompt.evaluation.runner import make_encoder
+from softprompt.placement import Row
+from tiny_models import make_backbone, make_tokenizer
+
+DEEP = {**SETTINGS, "kind": "deep"}
+FRONT, BEHIND = "Review : {text} \n Sentiment :", "Review : {text} \n {soft} Sentiment :"
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return make_backbone("llama", torch.float32, make_tokenizer())
+
+
+@pytest.mark.parametrize("input", [FRONT, BEHIND])
+def test_the_loss_falls_and_only_the_prompt_changed(backbone, input):
+    before = {name: p.clone() for name, p in backbone.model.named_parameters()}
+    result = sp.tune(backbone, make_task(input=input), **{**DEEP, "steps": 80})
+    losses = [e["loss"] for e in result.history if e["event"] == "step"]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
+    assert result.prompt.kind == "deep" and result.prompt.vectors.shape == (3, 2, 2, 4, 8)
+
+
+@pytest.mark.parametrize(("input", "sink", "still"), [(FRONT, 1, 1), (FRONT, 0, 0), (BEHIND, 1, 0)])
+def test_only_at_the_front_the_first_tokens_are_a_sink(backbone, input, sink, still):
+    result = sp.tune(backbone, make_task(input=input), **DEEP, sink=sink)
+    moved = (result.prompt.vectors - result.initial).abs().amax(dim=(0, 1, 2, 4)) > 0
+    assert moved.tolist() == [place >= still for place in range(4)]
+
+
+@pytest.mark.parametrize("input", [FRONT, BEHIND])
+def test_interrupted_and_resumed_equals_undisturbed(tmp_path, input):
+    backbone = make_backbone("llama", torch.float32, make_tokenizer())
+    whole = sp.tune(backbone, make_task(input=input), run_folder=tmp_path / "whole", **DEEP)
+
+    def interrupt(event):
+        if event["event"] == "step" and event["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sp.tune(backbone, make_task(input=input), run_folder=tmp_path / "cut", listen=interrupt, **DEEP)
+    fresh = make_backbone("llama", torch.float32, make_tokenizer())
+    resumed = sp.tune(fresh, make_task(input=input), run_folder=tmp_path / "cut", resume=True, **DEEP)
+    assert torch.equal(resumed.prompt.vectors, whole.prompt.vectors)
+
+
+def test_saved_loaded_and_used(backbone, tmp_path):
+    task = make_task(input=BEHIND)
+    result = sp.tune(backbone, task, run_folder=tmp_path / "run", **DEEP)
+    prompt = sp.SoftPrompt.load(result.prompt.save(tmp_path / "prompt"))
+    assert torch.equal(prompt.vectors, result.prompt.vectors) and prompt.template == task.template
+    assert not (tmp_path / "prompt" / "adapter_config.json").exists()  # PEFT knows the front only
+    rows = list(task.test)
+    together = sp.classify(backbone, prompt, rows)
+    alone = [sp.classify(backbone, prompt, [row])[0] for row in rows]
+    assert [a.label for a in together] == [a.label for a in alone]
+    assert sp.evaluate(backbone, task, prompt).accuracy == sp.evaluate(backbone, task, result.prompt).accuracy
+    assert len(sp.generate(backbone, prompt, rows[:3], max_new_tokens=4)) == 3
+    assert result.report is not None and result.report.exists()
+    other = make_backbone("gpt2", torch.float32, make_tokenizer())
+    with pytest.raises(BackboneMismatchError, match="layers, key-value heads"):
+        sp.classify(other, prompt, rows)
+
+
+def test_starts_as_the_text_that_it_is_made_of(backbone):
+    task = make_task()
+    text = "Classify the text as good"
+    result = sp.tune(backbone, task, **{**DEEP, "init": "text", "init_text": text, "tokens": 5, "steps": 1})
+    encoder = make_encoder(backbone, task.template, 5)
+    row = encoder.context(next(iter(task.test))).ids
+    ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+    from softprompt.computation import answer_log_probability
+
+    deep = answer_log_probability(backbone, [Row((*row, 7), len(row))], result.initial)
+    plain = answer_log_probability(backbone, [Row((*ids, *row[5:], 7), len(row))], None)
+    assert deep == pytest.approx(plain, rel=1e-4)
+
+
+def test_starts_from_examples_and_from_other_prompts(backbone, tmp_path):
+    task = make_task()
+    embedding = sp.tune(backbone, task, **{**SETTINGS, "init": "examples"})
+    assert "Review" in next(e["init"] for e in embedding.history if e["event"] == "start")
+    embedding.prompt.save(tmp_path / "embedding")
+    deep = sp.tune(backbone, task, **{**DEEP, "init": f"prompt:{tmp_path / 'embedding'}"})
+    assert torch.equal(deep.initial, deep_from_tokens(backbone, embedding.prompt.vectors))
+    deep.prompt.save(tmp_path / "deep")
+    longer = sp.tune(backbone, task, **{**DEEP, "init": f"prompt:{tmp_path / 'deep'}", "tokens": 6, "steps": 1})
+    assert torch.equal(longer.initial[:, :, :, :4], deep.prompt.vectors)
+    assert torch.equal(longer.initial[:, :, :, 4:], deep.prompt.vectors[:, :, :, :2])
+    with pytest.raises(ConfigError, match="only a deep prompt can start from it"):
+        sp.tune(backbone, task, **{**SETTINGS, "init": f"prompt:{tmp_path / 'deep'}"})
