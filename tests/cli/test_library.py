@@ -87,6 +87,19 @@ def test_verify(cli: Cli, library: Library) -> None:
 
 
 @pytest.mark.usefixtures("library")
+def test_verify_tells_of_what_interrupted_writes_left(cli: Cli) -> None:
+    Path("prompts/.topic.softprompt-0123abcd.new").mkdir()
+    called = cli("verify")
+    assert called.code == 0
+    assert "half-written, being written now or left by an interrupted write" in called.out
+    assert cli("verify", "--json").json["leftovers"] == ["prompts/.topic.softprompt-0123abcd.new"]
+    Path("prompts/topic").rename("prompts/.topic.softprompt-0123abcd.old")
+    called = cli("verify")
+    assert called.code == 1
+    assert "an interrupted save left topic as prompts/.topic.softprompt-0123abcd.old: rename it back" in called.out
+
+
+@pytest.mark.usefixtures("library")
 def test_verify_one_prompt(cli: Cli) -> None:
     Path("prompts/topic/adapter_config.json").unlink()
     assert cli("verify", "prompts/sentiment").out == "1 prompt, nothing wrong\n"

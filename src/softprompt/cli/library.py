@@ -115,9 +115,10 @@ def verify(
 ) -> None:
     """Read every prompt folder in FOLDER whole and check it. Exits with 1 if anything is wrong.
 
-    With --json also the hash of each prompt, by which two machines can be compared.
+    Also tells what writes that were interrupted have left behind. With --json also the hash of each prompt, by which
+    two machines can be compared.
     """
-    scan = _verified(folder)
+    scan, left = _verified(folder)
     wrong = 0
     for entry in scan:
         wrong += bool(lines := [*entry.problems, *entry.remarks])
@@ -125,12 +126,16 @@ def verify(
             out.show(f"{entry.path.name}: {line}")
     count = f"{len(scan)} prompt{'s' * (len(scan) != 1)}"
     out.show(f"{count}, {wrong} with something wrong" if wrong else f"{count}, nothing wrong")
-    out.document({"folder": str(folder), "sound": not wrong, "prompts": [_checked(entry) for entry in scan]})
+    if left:
+        names = ", ".join(path.name for path in left[:5]) + (f" and {len(left) - 5} more" if left[5:] else "")
+        out.show(f"half-written, being written now or left by an interrupted write (then remove them): {names}")
+    prompts = [_checked(entry) for entry in scan]
+    out.document({"folder": str(folder), "sound": not wrong, "prompts": prompts, "leftovers": list(map(str, left))})
     if wrong:
         raise typer.Exit(FAILED)
 
 
-def _verified(folder: Path) -> list[Entry]:
+def _verified(folder: Path) -> tuple[list[Entry], list[Path]]:
     from ..errors import OutputError
     from ..fileformat import is_prompt_folder
     from ..library import Library
@@ -139,11 +144,12 @@ def _verified(folder: Path) -> list[Entry]:
     if is_prompt_folder(folder):
         whole = Path(os.path.abspath(folder))
         entries = Library(whole.parent).verify(split_version(whole.name)[0])
-        return [entry for entry in entries if entry.path == whole]
-    scan = Library(folder).verify()
+        return [entry for entry in entries if entry.path == whole], []
+    library = Library(folder)
+    scan = library.verify()
     if scan.problem:
         raise OutputError(scan.problem)
-    return list(scan)
+    return list(scan), library.leftovers()
 
 
 def _checked(entry: Entry) -> dict[str, object]:

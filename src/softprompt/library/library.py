@@ -19,7 +19,7 @@ from ..errors import LibraryError, OutputError, PromptFormatError
 from ..fileformat import load_prompt, save_prompt
 from ..prompt import SoftPrompt
 from .names import check_name, folder_name, next_version, split_version
-from .scanning import FILES, Entry, Reader, Scan, candidates, content_hash, identity, settle
+from .scanning import FILES, TRIES, Entry, Reader, Scan, candidates, content_hash, identity, settle
 
 Folders = list[Path]  # a method of the class below is called list
 Rows = list[dict[str, Any]]
@@ -51,6 +51,10 @@ class Library:
         """The same, with every file read anew whatever is remembered; only the versions of `name`, if it is given."""
         return self._scan(fresh=True, only=name)
 
+    def leftovers(self) -> Folders:
+        """What is being written now, or was by a process that was killed; in that case it can be removed."""
+        return [self.folder / name for name in _held(self.folder) if is_temporary(name)]
+
     def list(self) -> Rows:
         """Plain data for each prompt: name, version, newest, path, sha256, problems, and what `summarise` says."""
         keys = ("name", "version", "newest", "sha256")
@@ -80,10 +84,12 @@ class Library:
 
     def get(self, reference: str) -> SoftPrompt:
         """Read the prompt that `name` or `name@version` means. Raises LibraryError, PromptFormatError."""
-        try:
-            return self.load(self.find(reference))
-        except PromptFormatError:  # replaced between the two: look once more
-            return self.load(self.find(reference))
+        for _ in range(TRIES):
+            try:
+                return self.load(self.find(reference))
+            except PromptFormatError:  # replaced between the two: look once more
+                continue
+        return self.load(self.find(reference))
 
     def load(self, entry: Entry) -> SoftPrompt:
         """Read the prompt of an entry, exactly as it was when scanned: `entry.sha256` is the hash of what is returned.
