@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..prompt import by_token
+
 MEASURES = ("cosine", "dot", "euclidean")
 VECTORS_AT_ONCE = 64  # bounds the [rows, V] block of similarities to some tens of megabytes
 
@@ -94,13 +96,15 @@ def vocabulary_lengths(table: Tensor) -> Lengths:
 
 
 def movement(vectors: Tensor, initial: Tensor | None) -> list[tuple[float, float | None]]:
-    """(distance, cosine) of each soft token [P, H] from where it started; [] when that is not known or of other shape.
+    """(distance, cosine) of each soft token from where it started; [] when that is not known or of other shape.
+
+    [P, H], or a deep prompt [L, 2, K, P, D], of which all numbers of a token count together.
 
     The cosine is None where one of both has length zero.
     """
     if initial is None or initial.shape != vectors.shape:
         return []
-    now, then = vectors.detach().float().cpu(), initial.detach().float().cpu()
+    now, then = by_token(vectors).detach().float().cpu(), by_token(initial).detach().float().cpu()
     distances = (now - then).norm(dim=1).tolist()
     lengths = (now.norm(dim=1) * then.norm(dim=1)).tolist()
     dots = (now * then).sum(dim=1).tolist()

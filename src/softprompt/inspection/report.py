@@ -90,16 +90,19 @@ def _contents(page: Mapping[str, Any]) -> list[tuple[str, bool]]:
     ]
 
 
-def render(page: Mapping[str, Any]) -> str:
-    """Fill the template; everything but our own figures is escaped."""
-    from jinja2 import Environment, StrictUndefined
+def render(page: Mapping[str, Any], template: str = "report.html.j2") -> str:
+    """Fill a template of this folder; everything but our own figures is escaped."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    def read(name: str) -> str:
+        return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FunctionLoader(read), undefined=StrictUndefined, **options)
     environment.filters["svg"] = Markup
     environment.filters["seen"] = _seen
-    return environment.from_string(source).render(page)
+    return environment.get_template(template).render(page)
 
 
 def _seen(text: str) -> str:

@@ -160,8 +160,14 @@ def token_figures(
 
 
 def near_words(prompt: SoftPrompt, table: Tensor | None, tokenizer: Any, initial: Tensor | None) -> Words:
-    """Neighbours of each soft token, with its length and movement; no rows for a table of another width."""
-    if table is None or table.ndim != 2 or table.shape[1] != prompt.width or not len(table):
+    """Neighbours of each soft token, with its length and movement; no rows for a deep prompt, or another width."""
+    if (
+        prompt.kind != "embedding"
+        or table is None
+        or table.ndim != 2
+        or table.shape[1] != prompt.width
+        or not len(table)
+    ):
         return Words(None, [])
     moved = movement(prompt.vectors, initial)
     starts = nearest_tokens(initial, table, tokenizer, k=1) if initial is not None and moved else []
