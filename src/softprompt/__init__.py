@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from .inference import generate as generate
     from .inference import loss_and_gradient as loss_and_gradient
     from .inference import stream as stream
+    from .inspection.diff import Diff as Diff
+    from .inspection.diff import diff as diff
+    from .inspection.discretize import Discretized as Discretized
+    from .inspection.discretize import discretize as discretize
+    from .inspection.inspecting import Inspection as Inspection
+    from .inspection.inspecting import inspect as inspect
+    from .inspection.prune import Pruned as Pruned
+    from .inspection.prune import prune as prune
+    from .inspection.similarity import Similarity as Similarity
+    from .inspection.similarity import similarity as similarity
     from .library import Library as Library
     from .prompt import SoftPrompt as SoftPrompt
     from .templates import Template as Template
@@ -38,10 +48,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "Backbone": "backbone",
     "Classified": "inference",
+    "Diff": "inspection.diff",
+    "Discretized": "inspection.discretize",
+    "Inspection": "inspection.inspecting",
     "Library": "library",
     "LossAndGradient": "computation",
+    "Pruned": "inspection.prune",
     "Report": "evaluation.runner",
     "Sampling": "evaluation.generation",
+    "Similarity": "inspection.similarity",
     "SoftPrompt": "prompt",
     "SoftPromptError": "errors",
     "Split": "data",
@@ -51,13 +66,18 @@ _HOMES = {
     "TuneConfig": "training.config",
     "TuneResult": "training.run",
     "classify": "inference",
+    "diff": "inspection.diff",
+    "discretize": "inspection.discretize",
     "evaluate": "evaluation.runner",
     "export_gguf": "export",
     "export_model": "export",
     "export_peft": "export",
     "export_vllm": "export",
     "generate": "inference",
+    "inspect": "inspection.inspecting",
     "loss_and_gradient": "inference",
+    "prune": "inspection.prune",
+    "similarity": "inspection.similarity",
     "stream": "inference",
     "sweep": "training.sweep",
     "tune": "training.run",

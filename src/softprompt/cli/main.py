@@ -7,7 +7,25 @@ from typing import Annotated
 
 import typer
 
-from . import compare, demo, doctor, evaluate, export, hub, import_, library, list_, run, serve, tune
+from . import (
+    compare,
+    demo,
+    diff,
+    discretize,
+    doctor,
+    evaluate,
+    export,
+    hub,
+    import_,
+    inspect,
+    library,
+    list_,
+    prune,
+    run,
+    serve,
+    similarity,
+    tune,
+)
 from .command import DEBUG, FAILED, INTERRUPTED, JSON, QUIET, WRONG_USE
 from .output import Output
 
@@ -58,6 +76,11 @@ for name, function in {
     "export": export.export,
     "import": import_.import_,
     "serve": serve.serve,
+    "inspect": inspect.inspect,
+    "similarity": similarity.similarity,
+    "diff": diff.diff,
+    "prune": prune.prune,
+    "discretize": discretize.discretize,
     "demo": demo.demo,
     "doctor": doctor.doctor,
 }.items():

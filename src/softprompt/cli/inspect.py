@@ -1,0 +1,210 @@
+"""`softprompt inspect`: what a prompt has learned, as far as it can be seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, SoftPromptError
+from .command import command
+from .looking import DATA, LIMIT, SPLIT, load_prompts, rows_of, stages
+from .options import DEVICE, FORMAT, MODEL, PRECISION, THREADS, load_backbone
+from .output import Output
+
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+    from ..inspection.inspecting import Inspection
+    from ..prompt import SoftPrompt
+
+CHANGES = ("left_out", "first", "shuffled")
+
+
+@command
+def inspect(
+    out: Output,
+    prompts: Annotated[list[str], typer.Argument(help="Prompt folders, or PEFT adapter folders.")],
+    report: Annotated[Path | None, typer.Option(help="Write all of it with figures to this HTML file.")] = None,
+    data: DATA = None,
+    split: SPLIT = None,
+    rows: LIMIT = 100,
+    run: Annotated[Path | None, typer.Option(help="Run folder of the prompt (of one): gradients and start.")] = None,
+    neighbours: Annotated[int, typer.Option(min=1, max=50, help="Nearest words a token.")] = 5,
+    changes: Annotated[
+        str, typer.Option(help="What to score with --data: left_out, first, shuffled, or none.")
+    ] = ",".join(CHANGES),
+    attention: Annotated[bool, typer.Option(help="With --data: where the answer looks.")] = True,
+    no_model: Annotated[
+        bool, typer.Option("--no-model", help="Without the model: norms, movement, what is recorded.")
+    ] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=8, help="Longest row in tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rows and orders by chance.")] = 0,
+    format: FORMAT = None,
+    model: MODEL = None,
+    precision: PRECISION = "auto",
+    device: DEVICE = None,
+    threads: THREADS = None,
+) -> None:
+    """Look into prompts: nearest words, norms, movement; with --data how much each token matters.
+
+    Without --data only the model's embedding table is used, which takes seconds. What is missing is left out and told.
+    """
+    wanted = _changes(changes)
+    if run is not None and len(prompts) > 1:
+        raise ConfigError("run: belongs to one prompt; inspect that one alone")
+    loaded = load_prompts(prompts)
+    backbone, why = None, "not asked for"
+    if not no_model:
+        backbone, why = _model(out, loaded, model, precision, device, threads, needed=data is not None)
+    from ..inspection.inspecting import inspect as look
+
+    found = []
+    for name, prompt in loaded.items():
+        sample = rows_of(out, data, split, prompt, format) if data is not None else None
+        with stages(out) as stage:
+            each = look(
+                prompt,
+                backbone,
+                sample,
+                run=run,
+                name=name,
+                neighbours=neighbours,
+                rows=rows,
+                attention=attention,
+                changes=wanted,
+                max_tokens=max_tokens,
+                seed=seed,
+                progress=stage,
+            )
+        if backbone is None:
+            each.notes = [n.replace("the model was not given", f"no model ({why})") for n in each.notes]
+        found.append(each)
+        _show(out, each)
+    if report is not None:
+        _write(out, report, found, backbone)
+    documents = [each.to_dict() for each in found]
+    out.document({**documents[0], "report": report and str(report)} if len(documents) == 1 else {"prompts": documents})
+
+
+def _changes(text: str) -> tuple[str, ...]:
+    given = tuple(part.strip() for part in text.split(",") if part.strip())
+    if given == ("none",):
+        return ()
+    wrong = [part for part in given if part not in CHANGES]
+    if wrong:
+        raise ConfigError(f"changes: expected {', '.join(CHANGES)} or none, found '{wrong[0]}'")
+    return given
+
+
+def _model(
+    out: Output,
+    loaded: dict[str, SoftPrompt],
+    model: str | None,
+    precision: str,
+    device: str | None,
+    threads: int | None,
+    needed: bool,
+) -> tuple[Backbone | None, str]:
+    """The model, or why there is none: a prompt can be looked at without, unless a model or data were asked for."""
+    named = next((prompt for prompt in loaded.values() if prompt.base_model), None)
+    try:
+        return load_backbone(out, model, named, precision, device, threads), ""
+    except SoftPromptError as error:
+        if model is not None or needed:
+            raise
+        out.warn(f"looking without the model: {error}")
+        return None, str(error)
+
+
+def _write(out: Output, path: Path, found: list[Inspection], backbone: Backbone | None) -> None:
+    from ..inspection.inspect_page import write_inspections
+    from ..inspection.projection import project
+    from ..inspection.similarity import similarity
+
+    flat = {each.name: each.prompt.vectors for each in found if each.prompt.kind == "embedding"}
+    widths = {vectors.shape[1] for vectors in flat.values()}
+    together = None
+    if len(flat) > 1 and len(widths) == 1:
+        fits = backbone is not None and backbone.width in widths
+        table = backbone.embedding_table() if backbone is not None and fits else None
+        together = project(flat, table, backbone.tokenizer if backbone is not None else None)
+    alike = similarity({each.name: each.prompt for each in found}, backbone) if len(found) > 1 else None
+    write_inspections(path, found, together=together, similarity=alike)
+    out.show(f"report {path}")
+
+
+def _show(out: Output, found: Inspection) -> None:
+    from ..inspection.inspect_page import answers, facts
+    from .scores import table
+
+    out.show(f"{found.name}: " + ", ".join(f"{what} {value}" for what, value in facts(found)))
+    out.show(_token_table(found))
+    for measure, stick in found.yardsticks.items():
+        words, chance = stick.words, stick.chance
+        out.show(
+            f"near by {measure}: a word and its nearest other word {words[1]:.3g} (nine in ten {words[0]:.3g} to "
+            f"{words[2]:.3g}), a soft token and a word by chance {chance[1]:.3g} ({chance[0]:.3g} to {chance[2]:.3g})"
+        )
+    if found.lengths:
+        out.show(f"norm of a word: {found.lengths.mean:.3g} ({found.lengths.low:.3g} to {found.lengths.high:.3g})")
+    for sentence in answers(found):
+        out.show(sentence)
+    if found.importance and (found.importance.first or found.importance.shuffled):
+        shown = table("what is left", "accuracy", "loss", "difference", "p")
+        for row in _changed(found):
+            shown.add_row(*row)
+        out.show(shown)
+    if found.deep and found.deep.words:
+        out.show(_layer_table(found))
+    if found.notes:
+        out.show("not shown: " + "; ".join(found.notes))
+    out.show("")
+
+
+def _token_table(found: Inspection) -> Any:
+    from .scores import table
+
+    near = found.near.get("cosine")
+    columns = ["token", "norm"]
+    columns += ["moved", "cosine with start"] if found.moved else []
+    columns += ["loss without it", "+- 2 errors"] if found.importance and found.importance.left_out else []
+    columns += ["attention"] if found.attention else []
+    columns += ["nearest words (cosine)"] if near else []
+    shown = table(*columns)
+    if near:
+        shown.columns[-1].justify, shown.columns[-1].no_wrap, shown.columns[-1].overflow = "left", False, "fold"
+    looked = found.attention.tokens.mean(dim=0).tolist() if found.attention else []
+    for token in range(found.prompt.tokens):
+        cells = [str(token), f"{float(found.norms[token]):.3g}"]
+        if found.moved:
+            distance, cosine = found.moved[token]
+            cells += [f"{distance:.3g}", "-" if cosine is None else f"{cosine:.3f}"]
+        if found.importance and found.importance.left_out:
+            cells += [f"{found.importance.of_token[token]:+.4f}", f"{2 * found.importance.errors[token]:.4f}"]
+        if looked:
+            cells.append(f"{looked[token]:.4f}")
+        if near:
+            cells.append("  ".join(f"{word.text!r} {word.similarity:.2f}" for word in near[token]))
+        shown.add_row(*cells)
+    return shown
+
+
+def _changed(found: Inspection) -> list[tuple[str, ...]]:
+    from ..inspection.inspect_page import changes
+
+    return [
+        (row["name"], row["accuracy"], row["loss"], row["difference"], row["p"]) for row in changes(found.importance)
+    ]
+
+
+def _layer_table(found: Inspection) -> Any:
+    """The first word of each token's values, layer by layer, for as many tokens as fit."""
+    from .scores import table
+
+    assert found.deep is not None
+    most = min(found.prompt.tokens, 8)
+    shown = table("layer", *(f"token {token}" for token in range(most)))
+    for number, layer in enumerate(found.deep.words):
+        shown.add_row(str(number), *(repr(layer[token][0].text) if layer[token] else "-" for token in range(most)))
+    return shown
