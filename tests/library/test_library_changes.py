@@ -151,8 +151,18 @@ def test_get_looks_again_when_the_prompt_is_replaced_meanwhile(
     entries = [library.find("topic")]
     make(4).save(library.folder / "topic", overwrite=True)
     find = Library.find
-    monkeypatch.setattr(Library, "find", lambda self, name: entries.pop() if entries else find(self, name))
-    assert torch.equal(library.get("topic").vectors, make(4).vectors)
+    monkeypatch.setattr(Library, "find", lambda self, *given: entries.pop() if entries else find(self, *given))
+    entry, prompt = library.take("topic")
+    assert torch.equal(prompt.vectors, make(4).vectors)
+    assert entry.sha256 == find(library, "topic").sha256
+
+
+def test_taking_a_prompt_for_one_model(library: Library) -> None:
+    make(4, fingerprint="e" * 16).save(library.folder / "topic@2")
+    assert library.take("topic")[0].version == 2
+    assert library.take("topic", "f" * 16)[0].version == 1
+    with pytest.raises(LibraryError, match="not for this one"):
+        library.take("topic@2", "f" * 16)
 
 
 def test_list_is_plain_data(library: Library) -> None:

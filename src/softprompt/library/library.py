@@ -68,10 +68,10 @@ class Library:
             for entry in self.scan()
         ]
 
-    def find(self, reference: str) -> Entry:
+    def find(self, reference: str, fingerprint: str = "") -> Entry:
         """The entry that `name` or `name@version` means. Raises LibraryError: no such prompt, or it cannot be used."""
         name, version = check_name(reference)
-        scan = self._scan(only=name)
+        scan = self._scan(fingerprint, only=name)
         found = scan.find(reference)
         if found is not None:
             return found
@@ -84,12 +84,18 @@ class Library:
 
     def get(self, reference: str) -> SoftPrompt:
         """Read the prompt that `name` or `name@version` means. Raises LibraryError, PromptFormatError."""
+        return self.take(reference)[1]
+
+    def take(self, reference: str, fingerprint: str = "") -> tuple[Entry, SoftPrompt]:
+        """`find` and `load` together, done again when the prompt is replaced between the two. Raises as these do."""
         for _ in range(TRIES):
+            entry = self.find(reference, fingerprint)
             try:
-                return self.load(self.find(reference))
-            except PromptFormatError:  # replaced between the two: look once more
+                return entry, self.load(entry)
+            except PromptFormatError:  # replaced meanwhile: look once more
                 continue
-        return self.load(self.find(reference))
+        entry = self.find(reference, fingerprint)
+        return entry, self.load(entry)
 
     def load(self, entry: Entry) -> SoftPrompt:
         """Read the prompt of an entry, exactly as it was when scanned: `entry.sha256` is the hash of what is returned.
