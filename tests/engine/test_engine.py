@@ -110,6 +110,20 @@ def test_long_rows_move_to_larger_pools_and_short_ones_take_their_places(llama):
     assert engine.slots is not None and engine.slots.rows == 0 and engine.slots.used_tokens == 0
 
 
+def test_a_long_text_does_not_hold_up_those_that_are_written(llama):
+    engine = Engine(llama, EngineLimits(step_tokens=8))
+    writers = engine.submit([make_request(llama, "front", i, Settings(max_new_tokens=60)) for i in range(3)])
+    while not all(engine._rows[id].writing for id in writers):
+        engine.step()
+    [long] = engine.submit(Request((5,) * 200, settings=Settings(max_new_tokens=1)))
+    reading = 0
+    while engine._rows.get(long):
+        said = {event.id for event in engine.step() if event.tokens}
+        assert set(writers) <= said and engine.last.read <= 8
+        reading += 1
+    assert reading == 25
+
+
 # --- states that are shared -----------------------------------------------------------------------------------------
 
 
