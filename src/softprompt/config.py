@@ -29,7 +29,7 @@ PANELS = {
     ),
     "Template": ("input", "target", "chat", "labels"),
     "Files written": ("name", "out", "run", "overwrite", "new_version", "resume"),
-    "Soft prompt": ("kind", "tokens", "init", "init_text", "reparametrisation", "sink"),
+    "Soft prompt": ("kind", "tokens", "init", "init_text", "from_prompt", "reparametrisation", "sink"),
 }
 REST = "Tuning"
 
@@ -88,6 +88,10 @@ class RunConfig(TuneConfig):
     new_version: bool = Field(
         False,
         description="if the prompt folder is there already: write a further version, NAME@2, and keep the old one",
+    )
+    from_prompt: str | None = Field(
+        None,
+        description="start from another task's prompt: its folder, or auto for the prompt beside out that does best here",
     )
     resume: str | None = Field(None, description="run folder of an earlier run to go on with, with its own config")
 
@@ -249,6 +253,10 @@ def settle(sound: Mapping[str, Any]) -> dict[str, Any]:
         from .library.names import next_version  # loads torch, so only where it is asked for
 
         data["out"] = str(next_version(data["out"]))
+    source = data.get("from_prompt")
+    if source:  # another way to write init
+        data["init"] = f"auto:{Path(data['out']).parent}" if source == "auto" else f"prompt:{source}"
+        data["from_prompt"] = None
     data["run"] = data.get("run") or data.get("resume") or free_run(Path("runs") / name)
     return data
 

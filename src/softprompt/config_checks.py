@@ -121,11 +121,14 @@ def _initialiser(values: Values) -> Iterator[str]:
             yield "init: 'prompt:' needs the folder of a prompt, as prompt:prompts/sentiment"
         elif not Path(path).is_dir():
             yield f"init: no prompt folder {path}"
+    elif kind == "auto":
+        if not Path(path).is_dir() or not path:
+            yield f"init: no folder {path or 'named'} of prompts to choose from; as auto:prompts"
     elif init not in INITIALISERS:
         near = get_close_matches(init, INITIALISERS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield f"init: unknown initialiser '{init}'; expected {', '.join(INITIALISERS)} or prompt:PATH{hint}"
-    if values.get("init_text") is not None and init != "text":
+    if values.get("init_text") is not None and init != "text" and kind != "auto":
         yield f"init_text: is only used with init=text, found init={init}"
     if init == "labels" and values.get("labels") is None:
         yield "init: labels needs labels; a task of free text has none"

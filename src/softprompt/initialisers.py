@@ -27,11 +27,14 @@ FREQUENT = 5_000  # how many of the most frequent tokens to draw from, as in Les
 
 def check_init(init: str) -> None:
     """Raise ConfigError unless `init` names an initialiser; needs no model and reads no PATH."""
-    if init in INITIALISERS or (init.startswith("prompt:") and init.removeprefix("prompt:").strip()):
+    kind, _, path = init.partition(":")
+    if init in INITIALISERS or (kind in ("prompt", "auto") and path.strip()):
         return
-    known = (*INITIALISERS, "prompt:PATH")
+    known = (*INITIALISERS, "prompt:PATH", "auto:LIBRARY")
     if init.startswith("prompt"):
         nearest = ["prompt:PATH"]
+    elif init.startswith("auto"):
+        nearest = ["auto:LIBRARY"]
     else:
         nearest = difflib.get_close_matches(init.lower(), known, n=1, cutoff=0.5)
     guess = f", did you mean {nearest[0]!r}?" if nearest else ":"

@@ -83,7 +83,7 @@ def test_all_mistakes_at_once(good: list[str]) -> None:
         "tokens: must be greater than or equal to 1, found 0",
         "optimizer: must be 'adamw' or 'adafactor', found 'adam'; did you mean adamw?",
         "train: no file reviws.jsonl; did you mean reviews.jsonl?",
-        "init: unknown initialiser 'txt'; expected text, labels, vocabulary, random or prompt:PATH; did you mean text?",
+        "init: unknown initialiser 'txt'; expected text, examples, labels, vocabulary, random or prompt:PATH; did you mean text?",
     ]
 
 
@@ -176,3 +176,13 @@ def test_neither_help_nor_config_load_torch() -> None:
     code = "import sys; from softprompt.cli.main import main; import softprompt.config; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, stdout=-1, check=True)
     assert told.stdout.decode().strip() == "False"
+
+
+def test_from_is_another_way_to_write_init(good: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    config = load_config(None, [*good, "out=prompts/new"], {"from_prompt": "auto"})
+    assert config.init == "auto:prompts" and config.from_prompt is None
+    (tmp_path / "other").mkdir()
+    assert load_config(None, [*good, "from_prompt=other"]).init == "prompt:other"
+    assert "init: no prompt folder elsewhere" in problems(*good, "from_prompt=elsewhere")
+    assert "init: no folder nowhere of prompts to choose from; as auto:prompts" in problems(*good, "init=auto:nowhere")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..data import Task
     from ..evaluation.runner import Report
     from ..training.run import TuneResult
+    from ..training.sweep import SweepResult
 
 
 def _tune(
@@ -32,9 +33,14 @@ def _tune(
     A config file, KEY=VALUE and flags are the same thing; flags win over KEY=VALUE, and these over the file. All
     mistakes in them are told at once, before the model is loaded. Ctrl-C keeps a checkpoint; --resume RUN goes on.
     """
-    config = load_config(*_split_settings(settings or []), flags)
-    task = _load_task(output, config)
-    backbone = _load_backbone(output, config)
+    config = load_config(*split_settings(settings or []), flags)
+    task = load_task(output, config)
+    backbone = load_tuned_backbone(output, config)
+    tried = None
+    if config.auto:
+        from .sweep import tune_automatically
+
+        config, tried = tune_automatically(output, config, backbone, task)
     result = _run(output, config, backbone, task)
     if result.reason == "interrupted":
         output.document({"reason": result.reason, "steps": result.steps, "run": config.run})
@@ -44,11 +50,11 @@ def _tune(
         raise typer.Exit(FAILED)
     result.prompt.save(config.out or "", overwrite=config.overwrite)
     output.note(f"prompt saved in {config.out}")
-    test = _score_test(output, config, backbone, task, result)
-    _show(output, config, result, test)
+    test = score_test(output, config, backbone, task, result)
+    _show(output, config, result, test, tried)
 
 
-def _split_settings(settings: list[str]) -> tuple[Path | None, list[str]]:
+def split_settings(settings: list[str]) -> tuple[Path | None, list[str]]:
     """The config file, if the first setting is one, and the key=value texts."""
     if settings and ("=" not in settings[0] or Path(settings[0]).is_file()):
         return Path(settings[0]), settings[1:]
@@ -59,7 +65,7 @@ def how_to_go_on(config: RunConfig) -> str:
     return f"go on with: softprompt tune --resume {config.run}"
 
 
-def _load_task(out: Output, config: RunConfig) -> Task:
+def load_task(out: Output, config: RunConfig) -> Task:
     from ..data import Task
 
     task = Task.load(**config.task_options())
@@ -72,7 +78,7 @@ def _load_task(out: Output, config: RunConfig) -> Task:
     return task
 
 
-def _load_backbone(out: Output, config: RunConfig) -> Backbone:
+def load_tuned_backbone(out: Output, config: RunConfig) -> Backbone:
     from ..backbone import Backbone
     from ..fileformat import check_output
 
@@ -115,7 +121,9 @@ def _steps_of(config: RunConfig) -> int:
     return next((int(event["steps"]) for event in read_events(events) if event["event"] == "start"), 0)
 
 
-def _score_test(out: Output, config: RunConfig, backbone: Backbone, task: Task, result: TuneResult) -> Report | None:
+def score_test(
+    out: Output, config: RunConfig, backbone: Backbone, task: Task, result: TuneResult | SweepResult
+) -> Report | None:
     """Score the test rows, and write the scores beside the prompt, which is saved already."""
     if not len(task.test):
         return None
@@ -138,7 +146,9 @@ def _score_test(out: Output, config: RunConfig, backbone: Backbone, task: Task, 
     return report
 
 
-def _show(out: Output, config: RunConfig, result: TuneResult, test: Report | None) -> None:
+def _show(
+    out: Output, config: RunConfig, result: TuneResult, test: Report | None, tried: SweepResult | None = None
+) -> None:
     from .scores import headline, table
 
     shown = table("split", "score", "value", "95 % interval", "rows")
@@ -154,7 +164,7 @@ def _show(out: Output, config: RunConfig, result: TuneResult, test: Report | Non
     for name, path in files.items():
         if path:
             out.show(f"{name:<8}{path}")
-    out.show("", "go on with:", *(f"  {line}" for line in _next(config)))
+    out.show("", "go on with:", *(f"  {line}" for line in next_commands(config)))
     out.document(
         {
             **files,
@@ -165,11 +175,12 @@ def _show(out: Output, config: RunConfig, result: TuneResult, test: Report | Non
             "seconds": round(result.seconds, 2),
             "validation": result.validation and result.validation.to_dict(),
             "test": test and test.to_dict(),
+            **({"auto": [trial.to_dict() for trial in tried.trials]} if tried else {}),
         }
     )
 
 
-def _next(config: RunConfig) -> list[str]:
+def next_commands(config: RunConfig) -> list[str]:
     from ..templates import Template
 
     fields = Template.make(config.input, config.target, config.chat, config.labels).fields
@@ -192,9 +203,9 @@ def _metavar(key: str, annotation: Any) -> str:
     return {int: "INTEGER", float: "NUMBER"}.get(annotation, "TEXT")
 
 
-def _option(key: str, panel: str) -> Any:
+def flag_of(key: str, panel: str) -> Any:
     field = RunConfig.model_fields[key]
-    flag = "--" + key.replace("_", "-")
+    flag = "--from" if key == "from_prompt" else "--" + key.replace("_", "-")
     text = field.description or ""
     if field.is_required():
         text += " [required]"
@@ -210,5 +221,5 @@ def _option(key: str, panel: str) -> Any:
     return Annotated[str | None, typer.Option(flag, help=text, metavar=metavar, rich_help_panel=panel)]
 
 
-with_options(_tune, {key: _option(key, panel) for panel, keys in fields_by_panel().items() for key in keys})
+with_options(_tune, {key: flag_of(key, panel) for panel, keys in fields_by_panel().items() for key in keys})
 tune = command(_tune)

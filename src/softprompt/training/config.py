@@ -17,7 +17,8 @@ class TuneConfig(BaseModel):
     )
     tokens: int = Field(20, ge=1, le=1024, description="soft tokens P")
     init: str = Field(
-        "text", description="where the vectors start: text, examples, labels, vocabulary, random, or prompt:PATH"
+        "text",
+        description="where the vectors start: text, examples, labels, vocabulary, random, prompt:PATH, auto:LIBRARY",
     )
     init_text: str | None = Field(None, description="text for init=text; without it an instruction made from the task")
     learning_rate: float = Field(

@@ -32,6 +32,7 @@ from .config import TuneConfig
 from .folder import CHECKPOINT, prepare, record, versions
 from .loop import Trainer, Validation
 from .monitor import Listener, Monitor
+from .transfer import AUTO, best_start, fitted
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,9 @@ def _initial(
     start = _deep_start(config)
     if start is not None:
         return start
+    library = config.init.removeprefix(AUTO) if config.init.startswith(AUTO) else None
     vectors, said = initialise(
-        config.init,
+        "text" if library else config.init,
         table=backbone.embedding_table(),
         tokenizer=backbone.tokenizer,
         tokens=config.tokens,
@@ -210,8 +212,8 @@ def _initial(
         examples=_examples(task, config) if config.init == "examples" else None,
     )
     if config.kind == "deep":
-        return deep_from_tokens(backbone, vectors), f"keys and values that the model gives {said}"
-    return vectors, said
+        vectors, said = deep_from_tokens(backbone, vectors), f"keys and values that the model gives {said}"
+    return best_start(backbone, task, library, vectors, config.max_tokens) if library else (vectors, said)
 
 
 def _examples(task: Task, config: TuneConfig) -> str:
@@ -229,8 +231,7 @@ def _deep_start(config: TuneConfig) -> tuple[torch.Tensor, str] | None:
     prompt = load_prompt(path.strip())
     if prompt.kind != "deep":
         return None
-    times = -(-config.tokens // prompt.tokens)
-    return prompt.vectors.repeat(1, 1, 1, times, 1)[:, :, :, : config.tokens].clone(), f"the deep prompt {path.strip()}"
+    return fitted(prompt.vectors, config.tokens), f"the deep prompt {path.strip()}"
 
 
 def _validator(

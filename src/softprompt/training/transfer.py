@@ -1,0 +1,80 @@
+"""Start from another task's prompt: the idea of SPoT (Vu et al. 2022, arXiv:2110.07904).
+
+SPoT picks the source by how similar the prompts of the two tasks are, which takes a tuned prompt of the new task first.
+Here every candidate is simply tried: its loss on rows of the new task says how good a start it is, at the price of a
+short evaluation each, and the ordinary start is one of the candidates.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..backbone import Backbone
+from ..computation import is_deep, prompt_length
+from ..data import Split, Task
+from ..errors import BackboneMismatchError, ConfigError, PromptFormatError
+from ..evaluation.runner import evaluate_prompt
+from ..fileformat import is_prompt_folder, load_prompt
+
+log = logging.getLogger(__name__)
+ROWS = 64  # of the new task that each candidate is tried on
+AUTO = "auto:"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible start: where it is from, its vectors (already of the right length), its loss on the new task."""
+
+    name: str
+    vectors: torch.Tensor
+    loss: float
+
+
+def fitted(vectors: torch.Tensor, tokens: int) -> torch.Tensor:
+    """`vectors` of a prompt of either kind repeated or cut to `tokens` tokens."""
+    times = -(-tokens // prompt_length(vectors))
+    if is_deep(vectors):
+        return vectors.repeat(1, 1, 1, times, 1)[:, :, :, :tokens].clone()
+    return vectors.repeat(times, 1)[:tokens].clone()
+
+
+def best_start(
+    backbone: Backbone, task: Task, library: str | Path, ordinary: torch.Tensor, max_tokens: int | None = None
+) -> tuple[torch.Tensor, str]:
+    """The start with the lowest loss on rows of `task`: a prompt of `library`, or `ordinary`; and why, in words.
+
+    Prompts of another model or kind and broken ones are passed over. Raises ConfigError if `library` is no folder.
+    """
+    folder = Path(library)
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {library} of prompts to start from; name one, as init=auto:prompts")
+    rows = (task.validation if len(task.validation) else task.train).take(ROWS, seed=0)
+    tried = [Candidate("the ordinary start", ordinary, _loss(backbone, rows, ordinary, max_tokens))]
+    for path in sorted(entry for entry in folder.iterdir() if is_prompt_folder(entry)):
+        vectors = _usable(backbone, path, ordinary)
+        if vectors is not None:
+            tried.append(Candidate(str(path), vectors, _loss(backbone, rows, vectors, max_tokens)))
+    best = min(tried, key=lambda each: each.loss)
+    losses = ", ".join(f"{each.name} {each.loss:.3f}" for each in sorted(tried, key=lambda each: each.loss)[:4])
+    return (
+        best.vectors,
+        f"{best.name}, the best of {len(tried)} starts on {len(rows)} rows of the task (loss: {losses})",
+    )
+
+
+def _usable(backbone: Backbone, path: Path, like: torch.Tensor) -> torch.Tensor | None:
+    try:
+        prompt = load_prompt(path)
+        backbone.check(prompt)
+    except (PromptFormatError, BackboneMismatchError) as error:
+        log.info("not started from %s: %s", path, error)
+        return None
+    return fitted(prompt.vectors, prompt_length(like)).to(like.dtype) if prompt.vectors.ndim == like.ndim else None
+
+
+def _loss(backbone: Backbone, rows: Split, vectors: torch.Tensor, max_tokens: int | None) -> float:
+    return evaluate_prompt(backbone, rows, vectors, max_tokens=max_tokens, text_scores=False).loss
