@@ -16,7 +16,7 @@ import torch
 import softprompt as sp
 from softprompt.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.training.monitor import read_events
-from softprompt.training.sweep_plan import kept, make_plan, rungs
+from softprompt.training.sweep_plan import expected_runs, kept, make_plan, rungs
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 BEHIND = "Review : {text} {soft} \n Sentiment :"
@@ -155,6 +155,8 @@ def test_rungs():
     assert rungs(8, 2) == [1 / 8, 1 / 4, 1 / 2]
     assert rungs(2, 3) == rungs(9, 0) == []
     assert [kept(n, 3) for n in (9, 6, 4, 3, 1)] == [3, 2, 2, 1, 1]
+    assert expected_runs(9, 3) == pytest.approx(9 / 9 + 3 * 2 / 9 + 6 / 9)
+    assert expected_runs(9, 0) == 9
 
 
 # --- going on -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from . import (
     run,
     serve,
     similarity,
+    sweep,
     tune,
 )
 from .command import DEBUG, FAILED, INTERRUPTED, JSON, QUIET, WRONG_USE
@@ -66,6 +67,7 @@ for name, function in {
     "evaluate": evaluate.evaluate,
     "run": run.run,
     "compare": compare.compare,
+    "sweep": sweep.sweep,
     "list": list_.list_,
     "rename": library.rename,
     "remove": library.remove,

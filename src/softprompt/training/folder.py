@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .config import TuneConfig
 
 CHECKPOINT = "checkpoints/last.safetensors"
+BEFORE = ("auto", "config.yaml")  # what `tune --auto` has written before the run begins
 # Room for a checkpoint beside the one before, the log and the report; checked before hours are spent.
 NEEDED_BYTES = 64 << 20
 
@@ -49,7 +50,7 @@ def prepare(folder: Path | None, resume: bool, recorded: dict[str, Any], config_
         raise OutputError(f"{folder} is a file, not a folder for a run; choose another run folder")
     if resume:
         return _resumable(folder, saved, recorded)
-    if folder.exists() and any(folder.iterdir()) and not saved.exists():
+    if folder.exists() and not saved.exists() and any(each.name not in BEFORE for each in folder.iterdir()):
         raise OutputError(f"{folder} holds something that is not a run; choose another run folder")
     if saved.exists():
         raise OutputError(f"{folder} holds a run already; go on with it (--resume) or choose another run folder")

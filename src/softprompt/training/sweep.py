@@ -27,7 +27,7 @@ from .folder import prepare, record
 from .loop import Validation
 from .monitor import Listener
 from .run import begin, encode_task, finish, interruptible, settle
-from .sweep_plan import HALVING, Settings, SweepPlan, kept, make_plan, rungs
+from .sweep_plan import HALVING, Settings, SweepPlan, expected_runs, kept, make_plan, rungs
 from .sweep_trial import DIVERGED, FINISHED, RUNNING, Trial, best_first, finite
 
 STATE = "sweep.json"
@@ -95,11 +95,13 @@ def sweep(
 
     state = _open_folder(folder, resume, backbone, task, base, plan, config_text)
     racers = _begin_all(backbone, tasks, plan, configs, folder, resume, tell)
-    tell({"event": "sweep", "trials": len(racers), "steps": sum(t.steps for t in racers)})
+    steps = sum(trial.steps for trial in racers) / len(racers) * expected_runs(len(racers), plan.halving)
+    done = sum(trial.step for trial in racers)
+    tell({"event": "sweep", "trials": [t.to_dict() for t in racers], "steps": round(steps), "done": done})
     with interruptible() as asked:
-        done = _race(racers, plan.halving, state, asked, tell)
+        finished = _race(racers, plan.halving, state, asked, tell)
     ordered = sorted(racers, key=lambda trial: trial.rank)
-    if not done:
+    if not finished:
         prompt = _best_so_far(ordered)
         return SweepResult(prompt, ordered, "interrupted", None, None, folder, time.monotonic() - begun)
     return _crown(ordered, plan, state, folder, begun)

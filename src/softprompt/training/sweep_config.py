@@ -69,10 +69,10 @@ def _from_text(key: str, value: Any, problems: list[str]) -> Any:
 def check_sweep(data: Mapping[str, Any], plan: SweepPlan, problems: Sequence[str] = ()) -> SweepConfig:
     """The base config and every trial checked, all mistakes told at once, each once. Raises ConfigError."""
     found = list(problems)
-    first = plan.trials[0] if plan.trials else {}
-    # A setting that every trial gives need not stand in the base as well.
-    everywhere = {key: value for key, value in first.items() if all(key in each for each in plan.trials)}
-    data = everywhere | dict(data)
+    data = dict(data)
+    everywhere = bool(plan.trials) and all("input" in own for own in plan.trials)
+    if data.get("input") is None and data.get("chat") is None and everywhere:
+        data["input"] = plan.trials[0]["input"]  # what every trial gives need not stand in the base
     base = _try(data, found)
     if base is not None and base.validation is None and not base.shares[1]:
         found.append("validation: a sweep compares trials by validation rows; give a file or a share of the rows")

@@ -62,7 +62,7 @@ def make_plan(
         return SweepPlan((), every)
     combined = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())] if axes else []
     made = list({_same(settings): settings for settings in [*combined, *listed]}.values())
-    if not made and not grid and not trials:
+    if not made and grid is None and trials is None:
         found.append("sweep: has no trials; give a grid, as grid: {learning_rate: [0.02, 0.05]}, or a list of trials")
     return SweepPlan(tuple(made), every, axes or None, listed or None)
 
@@ -156,3 +156,12 @@ def rungs(trials: int, halving: int) -> list[float]:
 def kept(entered: int, halving: int) -> int:
     """How many of the trials that entered a stretch go on after its rung."""
     return ceil(entered / halving)
+
+
+def expected_runs(trials: int, halving: int) -> float:
+    """What a sweep costs, in whole runs: 9 trials with halving=3 take 9/9 + 3 * 2/9 + 2/3 = 2.33."""
+    cost, before, left = 0.0, 0.0, trials
+    for share in [*rungs(trials, halving), 1.0]:
+        cost += left * (share - before)
+        before, left = share, kept(left, halving) if share < 1 else left
+    return cost
