@@ -91,7 +91,7 @@ class RunConfig(TuneConfig):
     )
     from_prompt: str | None = Field(
         None,
-        description="start from another task's prompt: its folder, or auto for the prompt beside out that does best here",
+        description="start from another task's prompt: its folder, or auto: the one beside out that does best here",
     )
     resume: str | None = Field(None, description="run folder of an earlier run to go on with, with its own config")
 

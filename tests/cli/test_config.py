@@ -83,7 +83,8 @@ def test_all_mistakes_at_once(good: list[str]) -> None:
         "tokens: must be greater than or equal to 1, found 0",
         "optimizer: must be 'adamw' or 'adafactor', found 'adam'; did you mean adamw?",
         "train: no file reviws.jsonl; did you mean reviews.jsonl?",
-        "init: unknown initialiser 'txt'; expected text, examples, labels, vocabulary, random or prompt:PATH; did you mean text?",
+        "init: unknown initialiser 'txt'; expected text, examples, labels, vocabulary, random or prompt:PATH; "
+        "did you mean text?",
     ]
 
 
