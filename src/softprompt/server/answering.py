@@ -95,7 +95,9 @@ class Answer:
     def _chunk(self, index: int, choice: dict[str, Any], include_usage: bool) -> dict[str, Any]:
         name = "chat.completion.chunk" if self.chat else "text_completion"
         made = {"index": index, "logprobs": None, "finish_reason": None, **choice}
-        return {**self._head, "object": name, "choices": [made], **({"usage": None} if include_usage else {})}
+        # OpenAI's schema has null for the usage of a chat's chunk only.
+        usage = {"usage": None} if include_usage and self.chat else {}
+        return {**self._head, "object": name, "choices": [made], **usage}
 
     def last_piece(self, usages: Sequence[Usage]) -> dict[str, Any]:
         """The chunk with the usage that `stream_options.include_usage` asks for."""
