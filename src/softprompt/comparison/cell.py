@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,24 @@ def load_task(config: ComparisonConfig, name: str) -> Task:
     spec, budget = config.tasks[name], config.budget(name)
     paths: dict[str, Any] = {key: getattr(spec, key) for key in ("train", "validation", "test")}
     given: dict[str, Any] = {key: path and str(Path(config.data) / path) for key, path in paths.items()}
-    given |= {"format": spec.format, "references": spec.references, "limit": budget["train_rows"], "name": name}
-    task = Task.load(template=spec.template(), **given)
+    given |= {"template": spec.template(), "format": spec.format, "name": name}
+    apart = spec.references is not None and spec.test is not None  # then only the test rows need the references
+    task = Task.load(**given, references=None if apart else spec.references, limit=budget["train_rows"])
+    if apart:
+        whole = Task.load(**{**given, "train": None, "validation": None}, references=spec.references)
+        task = replace(task, test=whole.test, source=_with_references(task.source, whole.source))
     test = task.test.take(budget["test_rows"], seed=0)
     classes = len(task.template.classes)
     if not len(test):
         raise ConfigError(f"tasks.{name}: there are no test rows; give a file for them, or a share")
     if len(test) < classes:
         raise ConfigError(f"tasks.{name}: {len(test)} test rows are fewer than its {classes} classes; give more")
-    return Task(task.template, task.train, task.validation, test, task.name, task.source)
+    return replace(task, test=test)
+
+
+def _with_references(source: dict[str, Any], test: dict[str, Any]) -> dict[str, Any]:
+    """The record of the rows, with the hash of the test rows that hold the references."""
+    return {**source, "sha256": {**source["sha256"], "test": test["sha256"]["test"]}}
 
 
 def run_cell(

@@ -14,7 +14,7 @@ from ..data import Split
 from .protocol import Job, Method, Opened
 
 POWERCAP = Path("/sys/class/powercap")
-INFERENCE_ROWS = 64
+INFERENCE_ROWS = 32
 
 
 class Meter:

@@ -15,7 +15,7 @@ import torch
 from ..attention import StateCache
 from ..backbone import Backbone
 from ..computation import micro_batches
-from ..errors import TrainingError
+from ..errors import DataError, TrainingError
 from ..evaluation.runner import evaluate_prompt, make_encoder
 from ..losses import summed_cross_entropy
 from ..placement import Row, in_rectangle
@@ -113,6 +113,14 @@ def validator(
         backbone.states = StateCache()  # what was kept came from other weights
         now = None if vectors is None else vectors()
         limit = job.budget["max_tokens"]
-        return as_validation(evaluate_prompt(backbone, split, now, max_tokens=limit, text_scores=False))
+        try:
+            report = evaluate_prompt(backbone, split, now, max_tokens=limit, text_scores=False)
+        except DataError as error:  # no row is new: only its probabilities can be wrong
+            raise TrainingError(
+                f"the weights are not finite ({error}); this learning rate is too large here"
+            ) from error
+        if not math.isfinite(report.loss):
+            raise TrainingError(f"the validation loss became {report.loss}; this learning rate is too large here")
+        return as_validation(report)
 
     return validate

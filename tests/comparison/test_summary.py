@@ -1,0 +1,186 @@
+"""Lines, averages, files and the page, from cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from softprompt.comparison.catalogue import METHODS
+from softprompt.comparison.figures import ORDER, all_figures, size_view
+from softprompt.comparison.measure import Meter, energy
+from softprompt.comparison.report import number, p_value, seconds, size, write_results
+from softprompt.comparison.store import write_cell
+from softprompt.comparison.summary import averages, summarise, to_csv
+
+
+def make_cell(method: str, accuracy: float, task: str = "sst2", model: str = "m", seed: int = 0, **more: Any) -> Any:
+    rows = 100
+    true = np.arange(rows) % 2
+    predicted = np.where(np.arange(rows) < round(rows * accuracy), true, 1 - true)
+    return {
+        **{"task": task, "model": model, "method": method, "seed": seed, "digest": "x", "status": "done"},
+        **{"metric": "accuracy", "score": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "rows": rows},
+        "each": {"classes": 2, "true": true.tolist(), "predicted": predicted.tolist()},
+        **{"train_rows": 50, "steps": 10, "model_parameters": 1_000_000, "trained_parameters": 4000},
+        **{"train_seconds": 10.0 + seed, "search_seconds": 30.0, "examples_per_second": 16.0},
+        **{"switch_seconds": 0.01, "inference_seconds": 0.02, "added_inference_seconds": 0.001},
+        **{"energy_joules": None, "disk_bytes": 16_000, "peak_memory_bytes": 5e8, "memory_before_bytes": 4e8},
+        "settings": {"learning_rate": 0.05},
+        "trials": [{"learning_rate": 0.05, "score": 0.9, "loss": 0.1, "seconds": 10.0}],
+        "machine": {"processor": "cpu <1>", "threads": 2, "gpu": None, "system": "Linux"},
+        **more,
+    }
+
+
+def without(method: str, status: str = "left out", reason: str = "needs 9 GiB <b>", **more: Any) -> dict[str, Any]:
+    head = {"task": "sst2", "model": "m", "method": method, "seed": 0, "digest": "x", "metric": "accuracy"}
+    return {**head, "status": status, "reason": reason, **more}
+
+
+def test_a_line_has_all_seeds_and_is_compared_with_the_best() -> None:
+    cells = [make_cell("lora", 0.9), make_cell("lora", 0.94, seed=1), make_cell("zero-shot", 0.5), without("full")]
+    lines = {line["method"]: line for line in summarise(cells)}
+    assert lines["lora"]["score"] == pytest.approx(0.92) and lines["lora"]["seeds"] == 2
+    assert lines["lora"]["best"] and lines["lora"]["p"] is None
+    assert lines["lora"]["train_seconds"] == pytest.approx(10.5)
+    assert not lines["zero-shot"]["best"] and lines["zero-shot"]["p"] < 1e-6
+    assert lines["zero-shot"]["difference"] == pytest.approx(-0.42)
+    assert lines["full"]["status"] == "left out" and "GiB" in lines["full"]["reason"]
+
+
+def test_averages_are_over_tasks_that_all_have_and_few_results_narrow_nothing() -> None:
+    cells = [make_cell(m, 0.8, task) for m in ("prompt", "lora") for task in ("a", "b", "c")]
+    cells += [make_cell("prompt", 0.2, "d"), make_cell("full", 0.99, "a")]
+    found = {line["method"]: line for line in averages(summarise(cells))}
+    assert set(found) == {"prompt", "lora"}
+    assert found["prompt"]["tasks"] == 3 and found["prompt"]["score"] == pytest.approx(0.8)
+
+
+def test_scores_in_hundredths_are_averaged_as_shares() -> None:
+    cells = [make_cell("lora", 0.8, "a"), make_cell("lora", 0.5, "b", metric="chrf", score=60.0)]
+    cells[1]["each"] = {"values": [60.0] * 100}
+    assert averages(summarise(cells))[0]["score"] == pytest.approx(0.7)
+
+
+def test_the_view_by_size_takes_the_tasks_that_all_models_have() -> None:
+    cells = [make_cell("prompt", 0.6, "a", "small"), make_cell("prompt", 0.1, "b", "small")]
+    cells += [make_cell("prompt", 0.9, "a", "large", model_parameters=5_000_000)]
+    shown = [(line["model"], line["score"]) for line in size_view(summarise(cells))]
+    assert shown == [("small", pytest.approx(0.6)), ("large", pytest.approx(0.9))]
+    assert "sizes" in all_figures(summarise(cells))
+    assert "sizes" not in all_figures(summarise(cells[:2]))
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+
+def test_files_that_are_written(tmp_path: Path) -> None:
+    grid = [{"learning_rate": 1e-4, "score": 0.8}, {"learning_rate": 1e30, "score": None}]
+    cells = [make_cell("deep", 0.9), make_cell("lora", 0.8, trials=grid), make_cell("zero-shot", 0.5), without("full")]
+    cells[2] |= {"trained_parameters": 0, "train_seconds": 0.0, "examples_per_second": None, "settings": {}}
+    lines = write_results(tmp_path, cells, "tasks & more")
+    document = json.loads((tmp_path / "summary.json").read_text())
+    assert len(document["cells"]) == len(lines) == 4
+    needed = {"task", "model", "method", "score", "low", "high", "seeds", "train_rows", "trained_parameters"}
+    assert needed | {"train_seconds", "settings"} <= set(document["cells"][0])
+    table = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert [row["method"] for row in table] == [line["method"] for line in lines]
+    assert (tmp_path / "figures/scores.svg").read_text().startswith("<?xml")
+    text = (tmp_path / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert "script" not in page.tags and page.tags.count("svg") >= 2
+    assert "tasks &amp; more" in text and "needs 9 GiB &lt;b&gt;" in text and "diverged" in text
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text and "src=" not in text
+
+
+def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.append(str(Path(__file__).parents[2] / "docs/results"))
+    import make_summary
+
+    for folder, cells in {
+        "night1": [make_cell("lora", 0.8), make_cell("deep", 0.7), without("full", "failed")],
+        "night2": [make_cell("lora", 0.9, seed=1), make_cell("deep", 0.75)],
+    }.items():
+        for cell in cells:
+            write_cell(tmp_path / folder / "cells" / f"{cell['method']}{cell['seed']}.json", cell)
+    assert make_summary.main([str(tmp_path / "night1"), str(tmp_path / "night2")], tmp_path) == 0
+    lines = {line["method"]: line for line in json.loads((tmp_path / "summary.json").read_text())["cells"]}
+    assert lines["lora"]["seeds"] == 2 and lines["lora"]["score"] == pytest.approx(0.85)
+    assert lines["deep"]["seeds"] == 1 and lines["deep"]["score"] == 0.75
+    assert make_summary.main([str(tmp_path / "nowhere")], tmp_path) == 2
+
+
+def test_nothing_finished_still_gives_files(tmp_path: Path) -> None:
+    write_results(tmp_path, [without("full"), without("lora", "failed", "the loss became nan")])
+    assert "the loss became nan" in (tmp_path / "report.html").read_text()
+    assert to_csv(summarise([])).startswith("task,model,method")
+
+
+def test_numbers_as_texts() -> None:
+    assert [number(0.84731), number(61.349)] == ["0.8473", "61.35"]
+    assert [p_value(None), p_value(0.0001), p_value(0.04)] == ["", "< 0.001", "0.040"]
+    assert [size(None), size(512), size(46_080), size(5.4e8), size(2e9)] == [
+        "",
+        "512 B",
+        "46.1 kB",
+        "540.0 MB",
+        "2.0 GB",
+    ]
+    assert [seconds(0.012), seconds(3.4), seconds(312), seconds(9000)] == ["12 ms", "3.4 s", "5.2 min", "2.5 h"]
+
+
+def test_every_method_has_a_colour() -> None:
+    assert set(ORDER) == set(METHODS)
+
+
+# --- what the machine can tell --------------------------------------------------------------------------------------
+
+
+def write_zone(root: Path, name: str, used: int, largest: int = 1000) -> None:
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / "energy_uj").write_text(str(used))
+    (root / name / "max_energy_range_uj").write_text(str(largest))
+
+
+def test_energy_of_all_packages_and_a_counter_that_wraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from softprompt.comparison import measure
+
+    monkeypatch.setattr(measure, "POWERCAP", tmp_path)
+    assert energy() is None
+    write_zone(tmp_path, "intel-rapl:0", 900)
+    write_zone(tmp_path, "intel-rapl:0:0", 5)  # a part of package 0
+    write_zone(tmp_path, "intel-rapl:1", 100)
+    with Meter(torch.device("cpu")) as meter:
+        write_zone(tmp_path, "intel-rapl:0", 50)
+        write_zone(tmp_path, "intel-rapl:1", 400)
+    assert meter.joules == pytest.approx((150 + 300) / 1e6)
+
+
+def test_the_peak_of_memory_is_that_of_what_is_measured() -> None:
+    import torch
+
+    large = torch.ones(1 << 26)  # 256 MiB that are gone before
+    del large
+    with Meter(torch.device("cpu")) as meter:
+        used = torch.ones(1 << 24)  # 64 MiB
+        del used
+    if meter.peak_bytes is None or meter.before_bytes is None:
+        pytest.skip("this system does not tell a process's peak of memory")
+    assert 60 << 20 < meter.peak_bytes - meter.before_bytes < 200 << 20
