@@ -274,3 +274,44 @@ def test_a_model_that_looks_at_ids_otherwise_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BackboneError, match="does something with token ids"):
         export_model(backbone, make_prompts(backbone), tmp_path / "out")
     assert not os.listdir(tmp_path)
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.big
+def test_a_real_model_in_transformers(tmp_path):
+    import softprompt as sp
+
+    torch.set_num_threads(1)
+    backbone = sp.Backbone.load("smollm2-135m", precision="float32")
+    start = backbone.tokenizer("Say whether this review is positive or negative, in one word.")["input_ids"]
+    vectors = backbone.embedding_table()[start]
+    templates = {
+        "front": sp.Template.make("{soft}Review: {text}\nSentiment:", " {answer}"),
+        "behind": sp.Template.make("Review: {text}\n{soft}Sentiment:", " {answer}"),
+        "chat": sp.Template.make(None, "{answer}", [("user", "{soft}Review: {text}")]),
+    }
+    prompts = {name: SoftPrompt(vectors, template) for name, template in templates.items()}
+    made = sp.export_model(backbone, prompts, tmp_path / "out")
+    model, tokenizer = reload(tmp_path / "out")
+    asked = [(said, text) for said in made.prompts for text in ("a fine film", "dull and far too long")]
+    given, ours = [], []
+    for said, text in asked:
+        given.append(written_ids(tokenizer, said, text))
+        ours.append(our_tokens(backbone, prompts[said["name"]], text, 16))
+        ids = torch.tensor([given[-1]])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        said_here = out[0, ids.shape[1] :].tolist()
+        assert said_here == ours[-1][: len(said_here)]
+        assert len(said_here) == 16 or said_here[-1] == tokenizer.eos_token_id
+    settings = model.generation_config
+    settings.max_new_tokens, settings.do_sample, settings.eos_token_id = 16, False, -1
+    small = hf.ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=256)
+    answers = model.generate_batch(given, settings, small, warmup=False)
+    by_prompt = {tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()}
+    assert [by_prompt[tuple(ids)] for ids in given] == ours
+    with torch.no_grad():
+        weight = torch.softmax(model(torch.tensor([given[0] + ours[0]])).logits[0].double(), dim=1)
+    said_at = weight[len(given[0]) - 1 :, backbone.vocab_size :]
+    assert float(said_at.max()) < 1e-7

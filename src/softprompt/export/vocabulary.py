@@ -105,7 +105,7 @@ def unlikely_row(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor | None]
     A linear layer without a bias cannot rule a token out, and a row of zeros would give it the logit 0, which is often
     the highest. The mean of rows of other tokens gives it the mean of their logits: whatever the state, that is never
     more than the highest logit, so greedy choice never takes it, and at any temperature its probability is at most the
-    mean of theirs. Taking tokens that the model finds least likely makes that about 1e-9.
+    mean of theirs. Taking tokens that the model finds least likely makes that tiny (SmolLM2: less than 1e-7).
     """
     head = backbone.model.get_output_embeddings()
     ids = unlikely_tokens(backbone)
