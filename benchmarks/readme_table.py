@@ -1,8 +1,8 @@
 """Put measured figures into the README, between its markers, with the commit and the machine they come from.
 
-    python benchmarks/train_speed.py | tee speed.txt
+    python benchmarks/train_speed.py --out speed.json
     softprompt demo --json > demo.json
-    python benchmarks/readme_table.py speed.txt --demo demo.json
+    python benchmarks/readme_table.py speed.json --demo demo.json
 
 Of each file the last line that is a JSON object counts (a demo's document may fill the whole file).
 """
@@ -10,51 +10,14 @@ Of each file the last line that is a JSON object counts (a demo's document may f
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from speed.tables import put as put_between
+from speed.tables import read_json, speed_lines
+
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The whole file as an object, or its last line that is one."""
-    text = path.read_text(encoding="utf-8")
-    for candidate in (text, *reversed(text.splitlines())):
-        try:
-            found = json.loads(candidate)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(found, dict):
-            return found
-    raise SystemExit(f"{path} holds no JSON object; expected the output of train_speed.py or of softprompt demo --json")
-
-
-def speed_lines(found: dict[str, Any]) -> list[str]:
-    """Both sides' figures as a table. found: the JSON line of train_speed.py."""
-    batch = found["results"][0]["batch"]
-    lines = [
-        f"Tuning speed on {found['model']}, {found['data']}, batches of {batch}, both sides in one run and in turns,",
-        f"with equal loss and gradient ({found['device']}, {found['cpu']}, {found['threads']} threads; "
-        f"torch {found['torch']}, transformers {found['transformers']}, PEFT {found['peft']}; "
-        f"commit {found['commit']}):",
-        "",
-        "| precision | soft tokens | PEFT, examples/s | softprompt, examples/s | ratio (quartiles) "
-        "| peak memory, PEFT and softprompt |",
-        "|---|---|---|---|---|---|",
-    ]
-    for each in found["results"]:
-        low, high = each["ratio_quartiles"]
-        peaks = [each[side]["peak_memory_mb"] for side in ("peft", "ours")]
-        memory = [f"{peak} MB" if peak else "?" for peak in peaks]
-        lines.append(
-            f"| {each['precision']} | {each['tokens']} | {each['peft']['examples_per_second']:.2f} "
-            f"| {each['ours']['examples_per_second']:.2f} | {each['ratio']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {memory[0]}, {memory[1]} |"
-        )
-    return lines
 
 
 def demo_lines(found: dict[str, Any], commit: str, machine: str) -> list[str]:
@@ -76,11 +39,7 @@ def demo_lines(found: dict[str, Any], commit: str, machine: str) -> list[str]:
 
 def put(text: str, lines: list[str]) -> str:
     """`text` with `lines` between its markers."""
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{README} has no markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}"
+    return put_between(text, lines, "figures", str(README))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softprompt import attention
-from softprompt.attention import StateCache
+from softprompt.attention import Pass, StateCache
 from softprompt.computation import answer_log_probability, keep_texts, loss_and_gradient, micro_batches
 from softprompt.losses import loss_of_hidden, summed_cross_entropy
 from softprompt.placement import Row, in_line, in_rectangle, shared_length
@@ -183,3 +183,22 @@ def test_loss_in_pieces_is_the_whole_loss(monkeypatch):
     loss, gradient = loss_of_hidden(hidden.detach(), targets, head, 20)
     assert loss == pytest.approx(float(whole.detach()), abs=1e-10)
     torch.testing.assert_close(gradient, hidden.grad, rtol=0, atol=1e-12)
+
+
+def test_the_last_mlp_computes_only_what_is_wanted(backbone):
+    if not backbone.fast:
+        pytest.skip("the plain path leaves the model as it is")
+    ids = torch.arange(3, 12)
+    places = torch.arange(9)
+    whole = backbone.hidden(backbone.embed(ids), places, Pass([9]))
+    seen = []
+    mlp = backbone._last_mlp
+    hook = mlp.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1])) if mlp else None
+    wanted = torch.tensor([8, 2])
+    torch.testing.assert_close(backbone.hidden(backbone.embed(ids), places, Pass([9]), wanted), whole[wanted])
+    assert backbone.hidden(backbone.embed(ids), places, Pass([9]), wanted[:0]).shape == (0, whole.shape[1])
+    if hook:
+        hook.remove()
+        assert seen == [2, 0]
+    assert (mlp is None) == (backbone.name == "opt")  # whose layer has no module for it
+    torch.testing.assert_close(backbone.hidden(backbone.embed(ids), places, Pass([9])), whole)

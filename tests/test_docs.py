@@ -128,20 +128,20 @@ def test_the_readme_names_two_commands_that_make_knows() -> None:
 
 
 def test_figures_go_between_the_markers(tmp_path: Path) -> None:
-    side = {"examples_per_second": 10.0, "peak_memory_mb": 512}
-    result = {"precision": "float32", "tokens": 20, "batch": 16, "ours": side, "peft": {**side, "peak_memory_mb": None}}
-    result |= {"ratio": 2.5, "ratio_quartiles": [2.25, 2.75]}
+    side = {"examples_per_s": 10.0, "utilisation": 0.5, "memory_over_model_mb": 512}
+    case = {"name": "short-P20-float32", "batch": 16, "softprompt": side, "peft-prompt": {**side, "utilisation": None}}
+    case |= {"times_peft_prompt": {"softprompt": {"median": 2.5, "quartiles": [2.25, 2.75]}}}
     facts = {
         name: f"a-{name}" for name in ("model", "data", "device", "cpu", "commit", "torch", "transformers", "peft")
     }
-    (tmp_path / "speed.txt").write_text("a table\n" + json.dumps({**facts, "threads": 2, "results": [result]}) + "\n")
+    (tmp_path / "speed.txt").write_text("a table\n" + json.dumps({**facts, "threads": 2, "cases": [case]}) + "\n")
     score = {"accuracy": 0.75, "interval": [0.7, 0.8], "rows": 1000}
     (tmp_path / "demo.json").write_text(json.dumps({"scores": {"zero-shot": score}, "total_seconds": 90.0}, indent=2))
 
     lines = readme_table.speed_lines(readme_table.read_json(tmp_path / "speed.txt"))
     lines += readme_table.demo_lines(readme_table.read_json(tmp_path / "demo.json"), "abc123", "a-cpu, 2 threads")
     page = readme_table.put(read("README.md"), lines)
-    assert "| float32 | 20 | 10.00 | 10.00 | 2.50 (2.25 to 2.75) | ?, 512 MB |" in page
+    assert "| short-P20-float32 | 10.00 | 10.00 | 2.50 (2.25 to 2.75) | ? | 0.50, ? | 512 MB, 512 MB |" in page
     assert "| zero-shot | 0.750 | 0.700 to 0.800 |" in page and "commit abc123" in page and "commit a-commit" in page
     assert readme_table.put(page, lines) == page
     assert page.replace("\n".join(lines), "") != page and page.split("<!-- /figures -->")[1].startswith("\n\n## What")

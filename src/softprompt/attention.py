@@ -283,8 +283,8 @@ def rows_attention(
     if not rows.leading:
         return attend(query, key, value, rows), None
     sizes = (rows.lead, query.shape[2] - rows.lead)
-    lead, own = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    first, rest = attend(*lead, rows.leading), attend(*own, rows, lead=lead[1:])
+    (lead_q, q), (lead_k, k), (lead_v, v) = (x.split(sizes, dim=2) for x in (query, key, value))
+    first, rest = attend(lead_q, lead_k, lead_v, rows.leading), attend(q, k, v, rows, lead=(lead_k, lead_v))
     return torch.cat([first, rest], dim=1), None
 
 

@@ -243,13 +243,27 @@ class Backbone:
                 )
         return self._fast
 
-    def hidden(self, embeddings: torch.Tensor, positions: torch.Tensor, rows: Pass) -> torch.Tensor:
-        """Last hidden states of rows in one line: embeddings [N, H], positions [N] -> [N, H of the last layer]."""
-        with rows_in_line(self.model, rows):
+    def hidden(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, rows: Pass, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Last hidden states of rows in one line: embeddings [N, H], positions [N] -> [N, H of the last layer].
+
+        wanted: places in the line [A] whose last hidden states alone are wanted (none, where only keys and values are):
+        -> [A, H]. Nothing reads the others in the last layer, so its MLP is then computed for these alone.
+        """
+        with rows_in_line(self.model, rows), _mlp_of(self._last_mlp, wanted):
             body = self.model.base_model
             out = body(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)
         states: torch.Tensor = out.last_hidden_state[0]
-        return states
+        return states if wanted is None else states[wanted]
+
+    @property
+    def _last_mlp(self) -> torch.nn.Module | None:
+        """The MLP of the last layer, if it is one that sees each token alone and gives one tensor."""
+        body = self.model.base_model
+        layers = next((found for name in ("layers", "h") if (found := getattr(body, name, None)) is not None), None)
+        mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, torch.nn.ModuleList) and len(layers) else None
+        return mlp if type(mlp).__name__.endswith("MLP") else None
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states: [A, H] -> [A, V]."""
@@ -279,6 +293,30 @@ class Backbone:
         from inspect import signature
 
         return "position_ids" in signature(self.model.forward).parameters
+
+
+@contextmanager
+def _mlp_of(mlp: torch.nn.Module | None, wanted: torch.Tensor | None) -> Iterator[None]:
+    """Within it `mlp` computes the tokens at `wanted` of its input [1, N, H] and gives zeros for the others."""
+    if mlp is None or wanted is None:
+        yield
+        return
+    count = 0
+
+    def before(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal count
+        count = given[0].shape[1]
+        return (given[0][:, wanted], *given[1:])
+
+    def after(module: torch.nn.Module, given: Any, found: torch.Tensor) -> torch.Tensor:
+        return found.new_zeros(1, count, found.shape[2]).index_copy(1, wanted, found)
+
+    hooks = (mlp.register_forward_pre_hook(before), mlp.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _norms_in_float64(model: Any) -> None:

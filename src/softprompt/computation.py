@@ -121,7 +121,7 @@ def shared_states(
     embeddings = embed_with_soft(rest, None if is_deep(vectors) else vectors, backbone.embed)
     positions = torch.arange(len(ids) - len(left), len(ids), device=backbone.device)
     rows = Pass([len(rest)], [before], record=True, device=backbone.device)
-    backbone.hidden(embeddings, positions, rows)
+    backbone.hidden(embeddings, positions, rows, rest[:0])
     states = join([before, rows.states()])
     if cache and key:
         cache.put(key, states)
@@ -140,7 +140,7 @@ def _constant_states(backbone: Backbone, ids: tuple[int, ...], cache: StateCache
     if states is None:
         line = torch.tensor(ids, device=backbone.device)
         rows = Pass([len(ids)], record=True, device=backbone.device)
-        backbone.hidden(backbone.embed(line), torch.arange(len(ids), device=backbone.device), rows)
+        backbone.hidden(backbone.embed(line), torch.arange(len(ids), device=backbone.device), rows, line[:0])
         states = rows.states()
         if cache:
             cache.put(("constant", ids), states)
@@ -214,7 +214,7 @@ def _compute_texts(
         [Row(row.ids[:end], end) for row, end in zip(rows, ends, strict=True)], [start] * len(rows), backbone.device
     )
     passed = Pass(line.lengths, [shared], record=True, device=backbone.device)
-    backbone.hidden(backbone.embed(line.ids), line.positions, passed)
+    backbone.hidden(backbone.embed(line.ids), line.positions, passed, line.ids[:0])
     fresh = passed.states()
     return [
         States(
@@ -450,7 +450,7 @@ def _backward_of_line(
     scored: torch.Tensor,
     targets: torch.Tensor,
 ) -> float:
-    hidden = backbone.hidden(embeddings, positions, passed)[scored]
+    hidden = backbone.hidden(embeddings, positions, passed, scored)
     loss, gradient = loss_of_hidden(hidden, targets, backbone.head, backbone.vocab_size)
     hidden.backward(gradient)
     return loss
@@ -480,7 +480,7 @@ def answer_log_probability(
     for batch in micro_batches(rows, start, micro_batch_tokens):
         hidden, line, _, _ = contexts_hidden(backbone, batch, start, shared, vectors, cache)
         at_once = max(1, PIECE // backbone.vocab_size)
-        pieces = zip(hidden[line.scored].split(at_once), line.targets.split(at_once), strict=True)
+        pieces = zip(hidden.split(at_once), line.targets.split(at_once), strict=True)
         total += sum(float(log_probabilities(backbone.head(h), t).cpu().double().sum()) for h, t in pieces)
     return total
 
@@ -495,7 +495,8 @@ def contexts_hidden(
     cache: StateCache | None = None,
     record: bool = False,
 ) -> tuple[torch.Tensor, Line, Pass, list[int]]:
-    """One pass without gradients over rows behind what they share: hidden states [N, H], line, pass, where rows go on.
+    """One pass without gradients over rows behind what they share: hidden states [A, H] of the places that are scored,
+    line, pass, where rows go on.
 
     Texts before the soft tokens are computed apart only where they have been kept, or where a deep prompt must follow.
     """
@@ -506,4 +507,4 @@ def contexts_hidden(
     line = in_line(batch, starts, backbone.device)
     passed = Pass(line.lengths, before, record=record, device=backbone.device)
     embeddings = embed_with_soft(line.ids, None if is_deep(vectors) else vectors, backbone.embed)
-    return backbone.hidden(embeddings, line.positions, passed), line, passed, starts
+    return backbone.hidden(embeddings, line.positions, passed, line.scored), line, passed, starts

@@ -302,7 +302,10 @@ def test_tune_help_has_every_setting(cli: Cli) -> None:
     from softprompt.config import RunConfig
 
     shown = cli("tune", "--help").out
-    missing = [key for key in RunConfig.model_fields if f"--{key.replace('_', '-')}" not in shown]
+    options = {
+        key: "--from" if key == "from_prompt" else f"--{key.replace('_', '-')}" for key in RunConfig.model_fields
+    }
+    missing = [key for key, option in options.items() if option not in shown]
     assert not missing
 
 

@@ -21,6 +21,7 @@ def test_a_token_without_influence_scores_zero_and_others_do_not() -> None:
     found = importance(backbone, make_task().test, vectors, parts=("left_out",))
     assert found.of_token[0] == pytest.approx(0, abs=1e-9)
     assert found.errors[0] == pytest.approx(0, abs=1e-9)
+    assert found.of_answer[0] == pytest.approx(0, abs=1e-9)
     assert min(abs(cost) for cost in found.of_token[1:]) > 1e-6
 
 
@@ -32,6 +33,11 @@ def test_row_scores_are_those_of_the_evaluator() -> None:
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
         assert ours.accuracy == theirs.accuracy
         assert ours.predicted == theirs.predicted
+        assert theirs.probabilities is not None and ours.choices is not None
+        right = [task.template.classes.index(label) for label in task.test.labels]
+        among = -theirs.probabilities.log().gather(1, torch.tensor(right)[:, None])[:, 0]
+        assert ours.choices == pytest.approx(among.numpy(), rel=1e-5)
+        assert (ours.losses > ours.choices).all()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bloom"])

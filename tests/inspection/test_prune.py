@@ -55,7 +55,7 @@ def test_what_is_left_is_tuned_again_and_the_better_one_is_kept(kind: str) -> No
     )
     (each,) = found.lengths
     assert each.tuned is not None and each.prompt.tokens == 3 and each.prompt.kind == kind
-    assert each.scores.loss == min(each.cut.loss, each.tuned.loss)
+    assert each.scores.main_loss == min(each.cut.main_loss, each.tuned.main_loss)
     again = row_scores(backbone, task.validation, each.prompt.vectors)
     assert again.loss == pytest.approx(each.scores.loss, rel=1e-5)
     assert "3 tokens, tuning" in said and "importance" in said
@@ -96,7 +96,7 @@ def test_the_search_never_ends_worse_and_finds_what_is_better() -> None:
     backbone, task = make_model(), make_task()
     table = backbone.embedding_table()
     sample = task.train
-    losses = {i: row_scores(backbone, sample, table[[i]]).loss for i in range(5, 25)}
+    losses = {i: row_scores(backbone, sample, table[[i]]).main_loss for i in range(5, 25)}
     order = sorted(losses, key=losses.__getitem__)
     near = [[Neighbour("", order[10], 1.0), Neighbour("", order[0], 0.9), Neighbour("", order[5], 0.8)]]
     ids, scored = search(backbone, sample, table, near, rounds=2)
@@ -104,8 +104,8 @@ def test_the_search_never_ends_worse_and_finds_what_is_better() -> None:
     assert scored == 1 + 2 + 2
     two = [near[0], [Neighbour("", order[3], 1.0), Neighbour("", order[7], 0.5)]]
     ids, _ = search(backbone, sample, table, two, rounds=1)
-    before = row_scores(backbone, sample, table[[order[10], order[3]]]).loss
-    assert row_scores(backbone, sample, table[ids]).loss <= before
+    before = row_scores(backbone, sample, table[[order[10], order[3]]]).main_loss
+    assert row_scores(backbone, sample, table[ids]).main_loss <= before
 
 
 def test_all_are_compared_on_the_same_rows() -> None:

@@ -95,9 +95,10 @@ def _show_test(out: Output, found: Any) -> None:
     test = found.test
     for name, scores in zip("AB", (found.a, found.b)):
         accuracy = "" if scores.accuracy is None else f"accuracy {scores.accuracy:.3f}, "
-        out.show(f"{name}: {accuracy}loss {scores.loss:.3f} on {test.rows:,} rows")
+        out.show(f"{name}: {accuracy}loss {scores.main_loss:.3f} on {test.rows:,} rows")
     bounds = f" ({test.interval[0]:+.3f} to {test.interval[1]:+.3f})" if test.interval else ""
-    out.show(f"loss of B minus A: {test.difference:+.3f}{bounds}")
+    what = "loss" if found.a.choices is None else "loss among the labels"
+    out.show(f"{what}, B minus A: {test.difference:+.3f}{bounds}")
     if test.p is not None:
         out.show(
             f"only A right: {test.only_a:,}, only B right: {test.only_b:,}; McNemar's exact test p = {test.p:.3g}"

@@ -69,13 +69,14 @@ def discretize(
 def _show(out: Output, found: Any) -> None:
     from .scores import table
 
-    shown = table("prompt", "accuracy", "loss", "loss above the soft prompt", "95 % interval", "p")
+    what = "loss" if found.lines[0].scores.choices is None else "loss among labels"
+    shown = table("prompt", "accuracy", what, "above the soft prompt", "95 % interval", "p")
     for line in found.lines:
         against = line.against
         shown.add_row(
             line.name,
             "-" if line.scores.accuracy is None else f"{line.scores.accuracy:.3f}",
-            f"{line.scores.loss:.3f}",
+            f"{line.scores.main_loss:.3f}",
             "" if against is None else f"{against.difference:+.3f}",
             "" if against is None else interval(against.interval),
             "" if against is None or against.p is None else f"{against.p:.2g}",

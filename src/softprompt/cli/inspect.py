@@ -151,7 +151,7 @@ def _show(out: Output, found: Inspection) -> None:
     for sentence in answers(found):
         out.show(sentence)
     if found.importance and (found.importance.first or found.importance.shuffled):
-        shown = table("what is left", "accuracy", "loss", "difference", "p")
+        shown = table("what is left", "accuracy", "loss", "difference", "p", "loss of the answer")
         for row in _changed(found):
             shown.add_row(*row)
         out.show(shown)
@@ -168,7 +168,10 @@ def _token_table(found: Inspection) -> Any:
     near = found.near.get("cosine")
     columns = ["token", "norm"]
     columns += ["moved", "cosine with start"] if found.moved else []
-    columns += ["loss without it", "+- 2 errors"] if found.importance and found.importance.left_out else []
+    left_out = found.importance is not None and bool(found.importance.left_out)
+    choosing = left_out and found.importance is not None and found.importance.whole.choices is not None
+    columns += ["loss without it", "+- 2 errors"] if left_out else []
+    columns += ["of the answer"] if choosing else []
     columns += ["attention"] if found.attention else []
     columns += ["nearest words (cosine)"] if near else []
     shown = table(*columns)
@@ -180,8 +183,9 @@ def _token_table(found: Inspection) -> Any:
         if found.moved:
             distance, cosine = found.moved[token]
             cells += [f"{distance:.3g}", "-" if cosine is None else f"{cosine:.3f}"]
-        if found.importance and found.importance.left_out:
+        if found.importance is not None and left_out:
             cells += [f"{found.importance.of_token[token]:+.4f}", f"{2 * found.importance.errors[token]:.4f}"]
+            cells += [f"{found.importance.of_answer[token]:+.4f}"] if choosing else []
         if looked:
             cells.append(f"{looked[token]:.4f}")
         if near:
@@ -194,7 +198,8 @@ def _changed(found: Inspection) -> list[tuple[str, ...]]:
     from ..inspection.inspect_page import changes
 
     return [
-        (row["name"], row["accuracy"], row["loss"], row["difference"], row["p"]) for row in changes(found.importance)
+        (row["name"], row["accuracy"], row["loss"], row["difference"], row["p"], row["answer"])
+        for row in changes(found.importance)
     ]
 
 

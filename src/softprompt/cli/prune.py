@@ -90,26 +90,27 @@ def _show(out: Output, found: Any, tokens: int) -> None:
     from .scores import table
 
     shown = table("tokens", "accuracy", "loss", "at once", "against the whole", "p")
-    shown.add_row(str(tokens), _share(found.whole.accuracy), f"{found.whole.loss:.3f}", "", "", "")
+    shown.add_row(str(tokens), _share(found.whole.accuracy), f"{found.whole.main_loss:.3f}", "", "", "")
     for each in found.lengths:
         against = each.against
         shown.add_row(
             str(each.tokens) + (" (chosen)" if each.tokens == found.chosen else ""),
             _share(each.scores.accuracy),
-            f"{each.scores.loss:.3f}",
-            f"{each.cut.loss:.3f}",
+            f"{each.scores.main_loss:.3f}",
+            f"{each.cut.main_loss:.3f}",
             f"{against.difference:+.3f} +- {2 * against.error:.3f}",
             "-" if against.p is None else f"{against.p:.2g}",
         )
-    out.show("on validation rows; loss after tuning again, and at once", shown)
+    what = "loss" if found.whole.choices is None else "loss among the labels"
+    out.show(f"on validation rows; {what} after tuning again, and at once", shown)
     if found.chosen == tokens:
         out.show("no shorter prompt is as good; try more --steps, or lengths nearer to the whole")
     if found.test is not None:
         a, b, test = found.test
         p = "" if test.p is None else f", McNemar p {test.p:.2g}"
         out.show(
-            f"on {len(a.losses):,} test rows: whole {_share(a.accuracy)} (loss {a.loss:.3f}), {found.chosen} tokens "
-            f"{_share(b.accuracy)} (loss {b.loss:.3f}){p}"
+            f"on {len(a.losses):,} test rows: whole {_share(a.accuracy)} (loss {a.main_loss:.3f}), "
+            f"{found.chosen} tokens {_share(b.accuracy)} (loss {b.main_loss:.3f}){p}"
         )
 
 

@@ -109,8 +109,8 @@ def _generate_batch(
 ) -> Iterator[tuple[int, int]]:
     with torch.no_grad():
         shared = shared_states(backbone, batch[0].ids[:start], vectors, backbone.states)
-        hidden, line, rows, starts = contexts_hidden(backbone, batch, start, shared, vectors, record=True)
-        logits = backbone.head(hidden[line.scored])
+        hidden, _, rows, starts = contexts_hidden(backbone, batch, start, shared, vectors, record=True)
+        logits = backbone.head(hidden)
         slots = _Slots(rows, starts, sampling.max_new_tokens)
     while opened:
         going = []

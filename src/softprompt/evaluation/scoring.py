@@ -99,8 +99,8 @@ def _batch_scores(
     tree: LabelTree,
     texts: StateCache | None,
 ) -> torch.Tensor:
-    hidden, line, rows, _ = contexts_hidden(backbone, batch, start, shared, vectors, texts, record=bool(tree.tokens))
-    states = [hidden[line.scored][:, None]]  # [R, 1, H]: what predicts the first token of each label
+    hidden, _, rows, _ = contexts_hidden(backbone, batch, start, shared, vectors, texts, record=bool(tree.tokens))
+    states = [hidden[:, None]]  # [R, 1, H]: what predicts the first token of each label
     if tree.tokens:
         count = len(batch)
         ids = torch.tensor(tree.tokens * count, device=backbone.device)

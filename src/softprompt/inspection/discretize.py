@@ -145,7 +145,7 @@ def search(
     scored = 1
 
     def loss(tokens: Sequence[int]) -> float:
-        return row_scores(backbone, sample, table[list(tokens)], max_tokens=max_tokens).loss
+        return row_scores(backbone, sample, table[list(tokens)], max_tokens=max_tokens).main_loss
 
     if rounds == 0:
         return ids, 0
@@ -202,9 +202,8 @@ def _others(prompt: SoftPrompt, text: str | None) -> dict[str, str]:
 
 
 def _text_loss(backbone: Backbone, split: Split, template: Template, text: str, max_tokens: int | None) -> float:
-    return row_scores(
-        backbone, replace(split, template=hard_template(template, text)), None, max_tokens=max_tokens
-    ).loss
+    typed = replace(split, template=hard_template(template, text))
+    return row_scores(backbone, typed, None, max_tokens=max_tokens).main_loss
 
 
 def _compare(

@@ -46,7 +46,10 @@ class Importance:
 
     @property
     def of_token(self) -> list[float]:
-        """Importance of each token: the mean loss of a row without it, minus that of the whole prompt (nats)."""
+        """Importance of each token: the mean loss of a row without it, minus that of the whole prompt (nats).
+
+        The loss is that among the labels where there are labels.
+        """
         return [change.against.difference for change in self.left_out]
 
     @property
@@ -54,11 +57,22 @@ class Importance:
         """Standard errors of these over the rows."""
         return [change.against.error for change in self.left_out]
 
+    @property
+    def of_answer(self) -> list[float]:
+        """The same by the loss of the whole answer, which also counts knowing that a label is wanted."""
+        return [change.against.answer_difference for change in self.left_out]
+
+    @property
+    def answer_errors(self) -> list[float]:
+        return [change.against.answer_error for change in self.left_out]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "whole": self.whole.to_dict(),
             "importance": self.of_token,
             "standard_error": self.errors,
+            "answer_importance": self.of_answer,
+            "answer_standard_error": self.answer_errors,
             "left_out": [change.to_dict() for change in self.left_out],
             "first": [change.to_dict() for change in self.first],
             "shuffled": [change.to_dict() for change in self.shuffled],

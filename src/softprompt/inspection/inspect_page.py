@@ -131,6 +131,13 @@ def _measured(found: Inspection) -> list[str]:
             f"Leaving a token out makes the loss clearly higher for {len(clear)} of {len(costs)} tokens; most for "
             f"token {top} ({costs[top]:+.3f} nats a row, on {len(found.importance.whole.losses)} rows)."
         )
+        if found.importance.whole.choices is not None:
+            whole = found.importance.of_answer
+            top = max(range(len(whole)), key=whole.__getitem__)
+            said.append(
+                f"That is the loss among the labels. That the answer is to be a label at all depends most on token "
+                f"{top} (loss of the answer {whole[top]:+.3f} nats a row without it)."
+            )
     if found.attention:
         share = float(found.attention.tokens.sum(dim=1).mean())
         even = found.attention.fair * found.attention.tokens.shape[1]
@@ -159,6 +166,7 @@ def _rows(found: Inspection) -> list[dict[str, Any]]:
     count = found.prompt.tokens
     costs = found.importance.of_token if found.importance else []
     errors = found.importance.errors if found.importance else []
+    choosing = found.importance is not None and found.importance.whole.choices is not None
     looked = found.attention.tokens.mean(dim=0).tolist() if found.attention else []
     return [
         {
@@ -171,6 +179,7 @@ def _rows(found: Inspection) -> list[dict[str, Any]]:
             "turned": found.moved[token][1] if found.moved else None,
             "cost": costs[token] if costs else None,
             "error": errors[token] if errors else None,
+            "answer": found.importance.of_answer[token] if found.importance and choosing and costs else None,
             "attention": looked[token] if looked else None,
         }
         for token in range(count)
@@ -185,7 +194,8 @@ def changes(measured: Importance | None) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "loss": f"{scores.loss:.3f}",
+            "loss": f"{scores.main_loss:.3f}",
+            "answer": "–" if scores.choices is None else f"{scores.loss:.3f}",
             "accuracy": summary.figure("accuracy", scores.accuracy) if scores.accuracy is not None else "–",
             "difference": "–" if against is None else f"{against.difference:+.3f}",
             "interval": "–"
@@ -244,27 +254,39 @@ def _measured_figures(found: Inspection, key: str) -> list[plots.Figure | None]:
     drawn: list[plots.Figure | None] = []
     measured = found.importance
     if measured:
+        what = "loss" if measured.whole.choices is None else "loss among the labels"
         drawn.append(
             pictures.signed_bars(
                 f"{key}-importance",
                 measured.of_token,
                 measured.errors,
-                "loss without it (change, nats)",
-                "How much higher the loss is without each soft token; the lines are two standard errors. Around 0: the "
-                "other tokens do without it.",
+                f"{what} without it (change, nats)",
+                f"How much higher the {what} is without each soft token; the lines are two standard errors. Around 0: "
+                "the other tokens do without it.",
             )
         )
+        if measured.whole.choices is not None:
+            drawn.append(
+                pictures.signed_bars(
+                    f"{key}-answer",
+                    measured.of_answer,
+                    measured.answer_errors,
+                    "loss of the answer without it",
+                    "The same by the loss of the whole answer, which is what tuning made small. Tokens that stand out "
+                    "here and not there say that a label is wanted, not which.",
+                )
+            )
         kept = [len(change.kept) for change in measured.first]
-        losses = [change.scores.loss for change in measured.first]
+        losses = [change.scores.main_loss for change in measured.first]
         errors = [change.against.error for change in measured.first]
-        line = ([*kept, found.prompt.tokens], [*losses, measured.whole.loss], [*errors, 0.0])
+        line = ([*kept, found.prompt.tokens], [*losses, measured.whole.main_loss], [*errors, 0.0])
         drawn.append(
             pictures.length_curve(
                 f"{key}-first",
                 {"the first k tokens": line} if kept else {},
                 "soft tokens kept",
-                "loss (nats a row)",
-                "The loss when only the first k soft tokens are kept; 0 is the template alone.",
+                f"{what} (nats a row)",
+                f"The {what} when only the first k soft tokens are kept; 0 is the template alone.",
             )
         )
     if found.attention:

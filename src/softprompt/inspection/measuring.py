@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,22 +40,36 @@ class RowScores:
     """losses: [N], -log p(right answer | context) of each row in nats, for free text per token of the answer.
 
     right: [N] of bool, whether the answer was right; None for free text. predicted: the classes, [] for free text.
+    choices: [N], -log p(right label | context, it is one of the labels): what is left of the loss when the model need
+    not know that it has to answer with a label. It is what accuracy follows; None for free text.
     """
 
     losses: Array
     right: Array | None
     predicted: list[str]
+    choices: Array | None = None
 
     @property
     def loss(self) -> float:
+        """Mean of `losses`, as the evaluator gives it."""
         return float(self.losses.mean())
+
+    @property
+    def main(self) -> Array:
+        """What prompts are compared by: the loss among the labels, for free text the loss."""
+        return self.losses if self.choices is None else self.choices
+
+    @property
+    def main_loss(self) -> float:
+        return float(self.main.mean())
 
     @property
     def accuracy(self) -> float | None:
         return None if self.right is None else float(self.right.mean())
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rows": len(self.losses), "loss": self.loss, "accuracy": self.accuracy}
+        labels = None if self.choices is None else self.main_loss
+        return {"rows": len(self.losses), "loss": self.loss, "label_loss": labels, "accuracy": self.accuracy}
 
 
 def row_scores(
@@ -80,9 +94,10 @@ def row_scores(
     scores = label_scores(backbone, encoder, contexts, vectors, progress)  # [N, C]
     true = [classes.index(label) for label in split.labels]
     guesses = scores.argmax(dim=1).tolist()
-    losses = -scores.double().gather(1, torch.tensor(true)[:, None])[:, 0]
+    scores, place = scores.double(), torch.tensor(true)[:, None]
+    losses, choices = (-part.gather(1, place)[:, 0].numpy() for part in (scores, scores.log_softmax(dim=1)))
     right = np.array([guess == label for guess, label in zip(guesses, true, strict=True)])
-    return RowScores(losses.numpy(), right, [classes[i] for i in guesses])
+    return RowScores(losses, right, [classes[i] for i in guesses], choices)
 
 
 def _text_losses(
@@ -114,7 +129,7 @@ def _answer_log_probabilities(backbone: Backbone, rows: Sequence[Row], vectors: 
     at_once = max(1, PIECE // backbone.vocab_size)
     for batch in micro_batches(rows, start, MICRO_BATCH):
         hidden, line, _, _ = contexts_hidden(backbone, batch, start, shared, vectors)
-        pieces = zip(hidden[line.scored].split(at_once), line.targets.split(at_once), strict=True)
+        pieces = zip(hidden.split(at_once), line.targets.split(at_once), strict=True)
         yield batch, torch.cat([log_probabilities(backbone.head(h), t).double().cpu() for h, t in pieces])
 
 
@@ -122,9 +137,11 @@ def _answer_log_probabilities(backbone: Backbone, rows: Sequence[Row], vectors: 
 class Paired:
     """How A and B differ on the same rows; a difference is B minus A.
 
-    difference, interval: mean difference of the losses and its 95 % bootstrap interval over rows (None: not known).
-    error: standard error of that mean. only_a, only_b: rows that only one of both answers rightly. p: McNemar's exact
-    two-sided test of those; None for free text. accuracy_difference: of the shares answered rightly.
+    difference, interval: mean difference of the loss (of that among the labels, where there are labels) and its 95 %
+    bootstrap interval over rows (None: not known). error: standard error of that mean. answer_difference, answer_error:
+    the same of the loss of the whole answer, which also counts knowing that a label is wanted. only_a, only_b: rows
+    that only one of both answers rightly. p: McNemar's exact two-sided test of those; None for free text.
+    accuracy_difference: of the shares answered rightly.
     """
 
     rows: int
@@ -135,10 +152,14 @@ class Paired:
     only_b: int | None = None
     accuracy_difference: float | None = None
     p: float | None = None
+    answer_difference: float = math.nan
+    answer_error: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "rows": self.rows,
+            "answer_loss_difference": self.answer_difference,
+            "answer_loss_difference_error": self.answer_error,
             "loss_difference": self.difference,
             "loss_difference_error": self.error,
             "loss_difference_interval": self.interval,
@@ -153,14 +174,26 @@ def paired(a: RowScores, b: RowScores, *, seed: int = 0) -> Paired:
     """Compare two results on the same rows in the same order. Raises ValueError for a different number of rows."""
     if len(a.losses) != len(b.losses):
         raise ValueError(f"paired scores need the same rows, found {len(a.losses)} and {len(b.losses)}")
-    gaps = b.losses - a.losses
-    error = float(gaps.std(ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else math.nan
-    interval = bootstrap(gaps, seed=seed)
+    same = (a.choices is None) == (b.choices is None)
+    gaps = b.main - a.main if same else b.losses - a.losses
+    whole = b.losses - a.losses
+    found = Paired(
+        len(gaps),
+        float(gaps.mean()),
+        _standard_error(gaps),
+        bootstrap(gaps, seed=seed),
+        answer_difference=float(whole.mean()),
+        answer_error=_standard_error(whole),
+    )
     if a.right is None or b.right is None:
-        return Paired(len(gaps), float(gaps.mean()), error, interval)
+        return found
     only_a, only_b = int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum())
     change = (only_b - only_a) / len(gaps)
-    return Paired(len(gaps), float(gaps.mean()), error, interval, only_a, only_b, change, mcnemar(only_a, only_b))
+    return replace(found, only_a=only_a, only_b=only_b, accuracy_difference=change, p=mcnemar(only_a, only_b))
+
+
+def _standard_error(values: Array) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

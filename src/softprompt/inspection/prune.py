@@ -27,7 +27,7 @@ Stage = Callable[[str, int, int], None]
 class Length:
     """A prompt of `tokens` tokens: which of the old ones were kept, how it scores at once and after tuning again.
 
-    against: A is the whole prompt, B the better of both by its loss. prompt: that one.
+    against: A is the whole prompt, B the better of both by its loss (among the labels). prompt: it.
     """
 
     tokens: int
@@ -40,7 +40,7 @@ class Length:
     @property
     def scores(self) -> RowScores:
         """Of the better of both."""
-        return self.tuned if self.tuned is not None and self.tuned.loss <= self.cut.loss else self.cut
+        return _better(self.cut, self.tuned)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -134,9 +134,8 @@ def prune(
             after = row_scores(
                 backbone, sample, again.vectors, max_tokens=max_tokens, progress=stage(f"{size} tokens, tuned")
             )
-            cut = again if after.loss <= before.loss else cut
-        better = after if after is not None and after.loss <= before.loss else before
-        found.append(Length(size, kept, before, after, paired(ranked.whole, better), cut))
+            cut = again if _better(before, after) is after else cut
+        found.append(Length(size, kept, before, after, paired(ranked.whole, _better(before, after)), cut))
     good = [each for each in found if _no_worse(each.against)]
     best = min(good, key=lambda each: each.tokens) if good else None
     chosen = best.prompt if best else prompt
@@ -162,9 +161,13 @@ def _vectors(backbone: Backbone, prompt: SoftPrompt, kept: tuple[int, ...]) -> A
     return vectors
 
 
+def _better(cut: RowScores, tuned: RowScores | None) -> RowScores:
+    return tuned if tuned is not None and tuned.main_loss <= cut.main_loss else cut
+
+
 def _no_worse(against: Paired) -> bool:
     slack = against.error if against.error == against.error else 0.0
-    return against.difference <= slack
+    return against.difference <= slack + 1e-9  # rounding
 
 
 def _made(prompt: SoftPrompt, kept: tuple[int, ...], steps: int) -> dict[str, Any]:
