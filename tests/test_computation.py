@@ -202,3 +202,18 @@ def test_the_last_mlp_computes_only_what_is_wanted(backbone):
         assert seen == [2, 0]
     assert (mlp is None) == (backbone.name == "opt")  # whose layer has no module for it
     torch.testing.assert_close(backbone.hidden(backbone.embed(ids), places, Pass([9])), whole)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_template_without_its_prompt_finds_the_texts_that_its_prompt_has_kept(monkeypatch, fast):
+    from softprompt import computation
+
+    backbone = make_backbone("llama" if fast else "bloom")
+    rows = [Row((*row.ids[: row.answer], 5, *row.ids[row.answer :]), row.answer + 1) for row in make_rows("behind")]
+    start, cache = shared_length(rows), StateCache()
+    assert keep_texts(backbone, rows, start, cache) == fast
+    without = [Row(tuple(i for i in row.ids if i >= 0), row.answer - sum(i < 0 for i in row.ids)) for row in rows]
+    want = answer_log_probability(backbone, without, None, exact_reference=True)
+    monkeypatch.setattr(computation, "_compute_texts", lambda *a: pytest.fail("computed again"))
+    assert keep_texts(backbone, without, start, cache) == fast
+    assert answer_log_probability(backbone, without, None, cache=cache) == pytest.approx(want, abs=1e-10)

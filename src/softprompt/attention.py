@@ -193,6 +193,9 @@ class StateCache:
         """Bytes that can be put without putting anything out."""
         return self.max_bytes - self._bytes
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     def get(self, key: Hashable) -> States | None:
         with one_at_a_time:
             found = self._kept.get(key)

@@ -147,13 +147,14 @@ def _constant_states(backbone: Backbone, ids: tuple[int, ...], cache: StateCache
     return states
 
 
-def text_ends(rows: Sequence[Row], start: int) -> list[int]:
-    """Where each row's own text before any soft token ends, at least `start`; `start` if no soft token follows.
+def text_ends(rows: Sequence[Row], start: int, cache: StateCache | None = None) -> list[int]:
+    """Where each row's own text before any soft token ends, at least `start`.
 
-    At least the last token of the context is left to the row, since its output is needed.
+    Where no soft token follows (the template without a prompt) it is as much as `cache` holds from a prompt's rows. At
+    least the last token of the context is left to the row, since its output is needed.
     """
     if not any(first_soft(row.ids) < len(row.ids) for row in rows):
-        return [start] * len(rows)
+        return [_kept_text(row, start, cache) if cache else start for row in rows]
     return [max(start, min(first_soft(row.ids), row.answer - 1)) for row in rows]
 
 
@@ -166,7 +167,7 @@ def text_states(
     Such text is the same at every step: rows that `keep_texts` has put into `cache` are not computed again. Returns
     (None, starts) if no row has any such text.
     """
-    ends = text_ends(rows, start)
+    ends = text_ends(rows, start, cache)
     if all(end == start for end in ends):
         return None, ends
     kept = [cache.get(_text_key(row, start, end)) if cache else None for row, end in zip(rows, ends, strict=True)]
@@ -201,6 +202,12 @@ def before_rows(
         if any(begin >= row.answer for row, begin in zip(rows, starts, strict=True)):
             raise _no_tail(backbone)
     return before, starts
+
+
+def _kept_text(row: Row, start: int, cache: StateCache) -> int:
+    """Where the longest beginning of the row's context ends whose states are kept; `start` if there is none."""
+    ends = range(row.answer - 1, start, -1)
+    return next((end for end in ends if _text_key(row, start, end) in cache), start)
 
 
 def _text_key(row: Row, start: int, end: int) -> tuple[object, ...]:
@@ -238,11 +245,11 @@ def keep_texts(
     """Compute the texts of a whole data set that stand before any soft token, once, into `cache`.
 
     All or nothing: returns False, having computed nothing, if no row has such a text, if soft tokens stand in what
-    `rows` share, or if the states of all would not fit. What `cache` holds already is not computed again. Rows are
-    taken in their own order, so that the same data give the same bytes whenever a run is resumed. advance: called with
-    the rows finished.
+    `rows` share, or if the states of all would not fit. What `cache` holds already is not computed again, and rows
+    without soft tokens find what others have put there. Rows are taken in their own order, so that the same data give
+    the same bytes whenever a run is resumed. advance: called with the rows finished.
     """
-    ends = text_ends(rows, start)
+    ends = text_ends(rows, start, cache)
     if not backbone.fast or first_soft(rows[0].ids[:start]) < start or all(end == start for end in ends):
         return False
     shared = shared_states(backbone, rows[0].ids[:start], None, cache)

@@ -13,21 +13,25 @@ from .output import Output, duration, interval
 from .progress import TuneProgress, counting
 
 if TYPE_CHECKING:
+    from ..attention import StateCache
     from ..backbone import Backbone
-    from ..data import Split, Task
+    from ..data import Task
     from ..evaluation.runner import Report
     from ..prompt import SoftPrompt
     from ..training.run import TuneResult
 
 MODEL = "smollm2-135m"
-INPUT = "{soft}Review: {text}\nSentiment:"
+# The soft tokens stand behind the review: what the model makes of a review is then computed once, whatever comes of them.
+INPUT = "Review: {text}\n{soft}Sentiment:"
 TARGET = " {label}"
 LABELS = ["negative", "positive"]
 SETTINGS: dict[str, Any] = {
+    "kind": "deep",
     "tokens": 20,
-    "epochs": 1.0,
-    "batch_size": 8,
-    "validate_every": 125,
+    "epochs": 2.0,
+    "batch_size": 32,
+    "learning_rate": 0.1,
+    "validate_every": 63,
     "validation_rows": 150,
     "init_text": "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?",
 }
@@ -51,9 +55,11 @@ def demo(
 ) -> None:
     """Tune a prompt that tells good film reviews from bad ones, and see what it is worth.
 
-    2,000 reviews, a model of 135 million weights that never change, 20 soft tokens; about ten minutes on two cores
-    without bfloat16.
+    2,000 reviews, a model of 135 million weights that never change, a deep prompt of 20 soft tokens; about five minutes
+    on two cores without bfloat16.
     """
+    from ..attention import StateCache
+    from ..machine import text_bytes
     from ..training.run import write_run_report
 
     clock = _Clock()
@@ -61,15 +67,18 @@ def demo(
     clock.lap("data")
     backbone = _load(out, model)
     clock.lap("model")
-    out.note(f"\nBefore: the same template without a soft prompt, on {len(task.test):,} unseen reviews")
-    zero = _score(out, backbone, task.test, None, task, 0, "zero-shot")
-    clock.lap("zero-shot")
-    few = _score(out, backbone, task.test, None, task, SHOTS, f"{SHOTS}-shot")
-    clock.lap(f"{SHOTS}-shot")
     result, run_folder = _tune(out, backbone, task, folder, model, seed)
     clock.lap("tuning")
-    after = _score(out, backbone, task.test, result.prompt, task, 0, "soft prompt")
+    out.note(
+        f"\nBefore and after, on {len(task.test):,} unseen reviews: the same template without and with the soft prompt"
+    )
+    texts = StateCache(text_bytes())  # each review is read once for the prompt and for its absence
+    after = _score(out, backbone, task, result.prompt, 0, "soft prompt", texts)
     clock.lap("soft prompt")
+    zero = _score(out, backbone, task, None, 0, "zero-shot", texts)
+    clock.lap("zero-shot")
+    few = _score(out, backbone, task, None, SHOTS, f"{SHOTS}-shot")
+    clock.lap(f"{SHOTS}-shot")
     prompt_folder = folder / "prompts" / "sentiment"
     result.prompt.metrics["test"] = after.to_dict(brief=True)
     result.prompt.save(prompt_folder, overwrite=True)
@@ -134,13 +143,21 @@ def _load(out: Output, model: str) -> Backbone:
 
 
 def _score(
-    out: Output, backbone: Backbone, rows: Split, prompt: SoftPrompt | None, task: Task, shots: int, name: str
+    out: Output,
+    backbone: Backbone,
+    task: Task,
+    prompt: SoftPrompt | None,
+    shots: int,
+    name: str,
+    texts: StateCache | None = None,
 ) -> Report:
-    from ..evaluation.runner import evaluate
+    from ..evaluation.runner import evaluate_prompt, pick_shots
     from .scores import in_one_line
 
+    vectors = None if prompt is None else prompt.vectors
+    worked = pick_shots(task.train, shots, seed=0)
     with counting(out, name) as progress:
-        report = evaluate(backbone, rows, prompt, shots=shots, examples=task.train, progress=progress)
+        report = evaluate_prompt(backbone, task.test, vectors, worked=worked, progress=progress, texts=texts)
     out.note(f"{name}: {in_one_line(report)}, {duration(report.seconds)}")
     return report
 
