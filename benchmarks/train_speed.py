@@ -1,7 +1,8 @@
 """How fast is tuning, next to PEFT's prompt tuning, prefix tuning and LoRA?
 
     python benchmarks/train_speed.py --out speed.json          # all cases that this machine is fit for
-    python benchmarks/train_speed.py --quick --only short-P20  # a part; names hold what is given
+    python benchmarks/train_speed.py --quick                   # a part: short texts, two timed steps
+    python benchmarks/train_speed.py --quick --only short-P20  # names hold what is given
 
 A case is a kind of data (short: movie reviews of 31 tokens; long: IMDb, cut to 256 tokens; answers: E2E, whole
 sentences as answers), 20 or 100 soft tokens and a precision, in batches of 16 in random order. All sides get the same
@@ -11,8 +12,8 @@ are equal is asserted at every step. peft-lora (rank 8 on all linear layers) has
 
 Each side lives in a process of its own; they take turns step by step, the first turn changing hands, so that whatever
 else the machine does meets all alike. Long texts are the exception: there the sides come one after the other, since
-all together do not fit into 24 GiB. On a busy machine the clock says little; the ratio of processor time, with one
-thread, says more.
+all together do not fit into 24 GiB. A first step, of few rows, is not timed. On a busy machine the clock says little;
+the ratio of processor time, with one thread, says more.
 
 PEFT's sides go their ordinary path: a right-padded batch with labels through `model(**batch).loss`, and `backward`;
 so logits of all positions, as that path makes them. Where there is a choice they get the better one: batches are padded
@@ -23,7 +24,11 @@ Tokens are the rows' own, soft ones included, padding not. Utilisation is 4 x bo
 computed (cases.needed_tokens) / (seconds x what a matrix product of 512 x 576 x 1536 reaches in that precision just
 before the case). Memory is each process's own: the highest resident memory during the steps over what was resident
 after the model had been loaded, each weight touched, and what was freed meanwhile given back. On CUDA: of allocated
-memory. The last line is one JSON object.
+memory.
+
+Cases in bfloat16 are left out, with the reason in the JSON, where matrix products in it are not faster than in float32
+(a CPU without instructions for it takes 20 to 40 times as long), unless --only asks for bfloat16. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -43,6 +48,8 @@ from softprompt import machine, weights
 
 __all__ = ["main", "right_padded"]
 QUICK = 2  # timed steps
+QUICK_KIND = "short"
+WARM = 4  # rows of the first step, which is not timed
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,7 +59,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--batch", type=int, default=BATCH, help="examples a step")
     parser.add_argument("--steps", type=int, help="timed steps of each side; default: by the kind of data")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} timed steps")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK} timed steps at most, and short texts unless --only says otherwise",
+    )
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for a case, about")
     parser.add_argument("--threads", type=int, default=machine.threads().cores)
     parser.add_argument("--device", default=machine.default_device().type)
@@ -61,8 +72,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def why_not(case: Case, peaks: dict[str, float]) -> str:
-    """Why a case makes no sense on this machine; empty if it does."""
+def why_not(case: Case, peaks: dict[str, float], only: Sequence[str]) -> str:
+    """Why a case makes no sense on this machine; empty if it does, or if `only` asks for its precision."""
+    if any(case.precision in part for part in only):
+        return ""
     if case.precision == "bfloat16" and peaks["bfloat16"] <= peaks["float32"]:
         return (
             f"bfloat16 is slower here ({peaks['bfloat16'] / 1e9:.3g} GFLOP/s) than float32 "
@@ -75,8 +88,10 @@ def batches_of(case: Case, folder: str, steps: int, size: int) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    fields = read_fields(case.data, (steps + 1) * size)
-    return in_batches(encode(tokenizer, case.data.template, fields, case.tokens, case.data.room), size)
+    warm = min(WARM, size)
+    fields = read_fields(case.data, warm + steps * size)
+    rows = encode(tokenizer, case.data.template, fields, case.tokens, case.data.room)
+    return (tuple(rows[:warm]), *in_batches(rows[warm:], size))
 
 
 def measure(
@@ -85,7 +100,7 @@ def measure(
     """All sides over the batches of `setting`. Raises AssertionError where they do not agree."""
     makers = {name: (SIDES[name][0], setting) for name in sides}
     taken, told = take_steps(makers, steps, together=case.data.together, limit=limit)
-    result: dict[str, Any] = {"name": case.name, "batch": len(setting.batches[0]), "peak_gflops": round(peak / 1e9, 1)}
+    result: dict[str, Any] = {"name": case.name, "batch": len(setting.batches[-1]), "peak_gflops": round(peak / 1e9, 1)}
     result["steps"] = max(0, max(map(len, taken.values())) - 1)
     for name in sides:
         if not taken[name][1:]:
@@ -125,13 +140,13 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     folder = str(weights.locate(args.model, report=say).folder)
     body = body_parameters(folder)
     document |= {"body_parameters": body, "same_allocator": args.same_allocator, "cases": [], "skipped": []}
-    for case in chosen(args.only):
+    for case in chosen(args.only or [QUICK_KIND] * args.quick):
         peaks = {name: matrix_peak(name, args.device, args.threads) for name in {"float32", case.precision}}
-        if reason := why_not(case, peaks):
+        if reason := why_not(case, peaks, args.only):
             say(f"{case.name} is skipped: {reason}")
             document["skipped"].append({"name": case.name, "reason": reason})
             continue
-        steps = args.steps or (QUICK if args.quick else case.data.steps)
+        steps = args.steps or (min(QUICK, case.data.steps) if args.quick else case.data.steps)
         setting = Setting(folder, case.precision, args.device, case.tokens, args.threads, (), args.same_allocator)
         setting = replace(setting, batches=batches_of(case, folder, steps, args.batch))
         say(f"{case.name}: {steps} steps of {args.batch} rows on each side ...")

@@ -46,19 +46,34 @@ def take_steps(
     return taken, facts
 
 
+def alone(make: Callable[[Setting], Made], setting: Setting, numbers: Sequence[int]) -> tuple[list[Taken], int | None]:
+    """Steps `numbers` of one side, and its memory over the model in bytes; for sides of which each has its own work.
+
+    Raises SideDied.
+    """
+    side = Side(make, setting)
+    try:
+        side.ready()
+        return [side.step(number) for number in numbers], side.memory()
+    finally:
+        side.end()
+
+
 @contextmanager
 def _started(makers: Makers, facts: dict[str, dict[str, Any]]) -> Iterator[dict[str, Side]]:
-    sides: dict[str, Side] = {}
+    started: dict[str, Side] = {}
     try:
-        for name, (make, setting) in makers.items():
+        started |= {name: Side(make, setting) for name, (make, setting) in makers.items()}
+        sides = dict(started)
+        for name, side in started.items():
             try:
-                sides[name] = Side(make, setting)
-                facts[name] |= sides[name].facts
+                facts[name] |= side.ready().facts
             except SideDied as death:
                 facts[name]["failed"] = str(death)
+                del sides[name]
         yield sides
     finally:
-        for side in sides.values():
+        for side in started.values():
             side.end()
 
 

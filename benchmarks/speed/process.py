@@ -105,7 +105,8 @@ def resident(device: str, fresh: bool = False) -> tuple[int, int] | None:
 
 
 class Side:
-    """The parent's end of one side. facts: what the side told about itself when it was ready."""
+    """The parent's end of one side, whose process starts at once; `ready` waits for it, so that several may load
+    together. facts: what the side told about itself when it was ready."""
 
     def __init__(self, make: Callable[[Setting], Made], setting: Setting):
         context = multiprocessing.get_context("spawn")
@@ -113,7 +114,12 @@ class Side:
         self.process = context.Process(target=serve, args=(make, setting, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.facts: dict[str, Any] = self._answer()
+        self.facts: dict[str, Any] = {}
+
+    def ready(self) -> Side:
+        """Raises SideDied, and RuntimeError with what went wrong in the process."""
+        self.facts = self._answer()
+        return self
 
     def step(self, number: int) -> Taken:
         return self._ask("step", number)
