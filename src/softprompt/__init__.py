@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .evaluation.generation import Sampling as Sampling
     from .evaluation.runner import Report as Report
     from .evaluation.runner import evaluate as evaluate
+    from .evaluation.voting import EnsembleReport as EnsembleReport
+    from .evaluation.voting import evaluate_ensemble as evaluate_ensemble
     from .export import export_gguf as export_gguf
     from .export import export_model as export_model
     from .export import export_peft as export_peft
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
     from .prompt import SoftPrompt as SoftPrompt
     from .templates import Template as Template
     from .training.config import TuneConfig as TuneConfig
+    from .training.ensemble import EnsembleResult as EnsembleResult
+    from .training.ensemble import tune_ensemble as tune_ensemble
+    from .training.mixing import MixResult as MixResult
+    from .training.mixing import mix as mix
     from .training.run import TuneResult as TuneResult
     from .training.run import tune as tune
     from .training.sweep import SweepResult as SweepResult
@@ -50,9 +56,12 @@ _HOMES = {
     "Classified": "inference",
     "Diff": "inspection.diff",
     "Discretized": "inspection.discretize",
+    "EnsembleReport": "evaluation.voting",
+    "EnsembleResult": "training.ensemble",
     "Inspection": "inspection.inspecting",
     "Library": "library",
     "LossAndGradient": "computation",
+    "MixResult": "training.mixing",
     "Pruned": "inspection.prune",
     "Report": "evaluation.runner",
     "Sampling": "evaluation.generation",
@@ -69,6 +78,7 @@ _HOMES = {
     "diff": "inspection.diff",
     "discretize": "inspection.discretize",
     "evaluate": "evaluation.runner",
+    "evaluate_ensemble": "evaluation.voting",
     "export_gguf": "export",
     "export_model": "export",
     "export_peft": "export",
@@ -76,11 +86,13 @@ _HOMES = {
     "generate": "inference",
     "inspect": "inspection.inspecting",
     "loss_and_gradient": "inference",
+    "mix": "training.mixing",
     "prune": "inspection.prune",
     "similarity": "inspection.similarity",
     "stream": "inference",
     "sweep": "training.sweep",
     "tune": "training.run",
+    "tune_ensemble": "training.ensemble",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 (they are strings)
 

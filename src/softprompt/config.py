@@ -84,6 +84,9 @@ class RunConfig(TuneConfig):
     auto: bool = Field(
         False, description="first try a few learning rates and initialisers in a small sweep, then tune with the best"
     )
+    ensemble: int | None = Field(
+        None, ge=2, le=32, description="tune so many prompts, with seeds from seed on, that vote in evaluate"
+    )
     overwrite: bool = Field(False, description="replace the prompt that the prompt folder holds")
     new_version: bool = Field(
         False,
@@ -329,6 +332,8 @@ def _unknown_keys(data: Mapping[str, Any]) -> list[str]:
     for key in data:
         if key == "sweep":
             found.append("sweep: is a section for `softprompt sweep`; leave it out, or use that command")
+        elif key in ("tasks", "temperature", "cap"):
+            found.append(f"{key}: is for several tasks at once, `softprompt mix`; leave it out, or use that command")
         elif key not in RunConfig.model_fields:
             near = get_close_matches(str(key), RunConfig.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(RunConfig.model_fields)}"

@@ -152,8 +152,22 @@ def _lengths(values: Values) -> Iterator[str]:
 def _extras(values: Values) -> Iterator[str]:
     if values.get("tensorboard") and find_spec("tensorboard") is None:
         yield "tensorboard: not installed; pip install tensorboard, or leave it off"
+    yield from _several(values)
     if values.get("auto") and values.get("validation") is None and not values.get("shares", (1, 1, 1))[1]:
         yield "auto: compares by validation rows; give a file or a share of the rows for validation"
+
+
+def _several(values: Values) -> Iterator[str]:
+    """Cross-validation and ensembles."""
+    folds = values.get("folds")
+    if folds == 1:
+        yield "folds: one fold leaves no rows to tune on; give at least 2, or 0 for none"
+    if folds and values.get("validation") is not None:
+        yield "folds: are for tuning without validation rows; leave out folds or validation"
+    if folds and values.get("auto"):
+        yield "folds: auto compares by validation rows, folds are for tuning without; leave out one of the two"
+    if values.get("ensemble") and values.get("target") is not None and values.get("labels") is None:
+        yield "ensemble: prompts vote on labels, and a task of free text has none; leave out ensemble"
 
 
 def _prompt_folder(values: Values) -> Iterator[str]:

@@ -13,7 +13,7 @@ from .computation import LossAndGradient, prompt_length
 from .computation import loss_and_gradient as compute_loss_and_gradient
 from .data import Split
 from .encoding import Encoder
-from .errors import DataError, TemplateError
+from .errors import ConfigError, DataError, TemplateError
 from .evaluation.generation import Sampling
 from .evaluation.runner import generate_texts, label_prior, label_scores, make_encoder, stream_texts
 from .prompt import SoftPrompt
@@ -53,7 +53,7 @@ def _encoder(
 
 def classify(
     backbone: Backbone,
-    prompt: SoftPrompt,
+    prompt: SoftPrompt | Sequence[SoftPrompt],
     rows: Iterable[Fields],
     *,
     template: Template | None = None,
@@ -62,10 +62,13 @@ def classify(
 ) -> list[Classified]:
     """The class of each row of fields, with the probabilities of all classes.
 
+    prompt: several prompts of one task are asked together, and the mean of their probabilities decides (an ensemble).
     template: for a prompt that came without one. calibrate: see `evaluate`. Raises BackboneMismatchError,
-    TemplateError (no template, or one without labels), DataError (a field is missing).
+    TemplateError (no template, or one without labels), DataError (a field is missing), ConfigError (no prompts).
     """
     given = list(rows)
+    if not isinstance(prompt, SoftPrompt):
+        return _classify_together(backbone, prompt, given, template, calibrate, force)
     encoder = _encoder(backbone, prompt, given, template, force)
     if encoder.template.labels is None:
         raise TemplateError("this prompt's task has no labels; use generate")
@@ -75,11 +78,36 @@ def classify(
     scores = label_scores(backbone, encoder, contexts, prompt.vectors)
     if calibrate:
         scores = scores - label_prior(backbone, encoder, prompt.vectors)
-    classes = encoder.template.classes
+    return _classified(encoder.template, torch.softmax(scores, dim=1))
+
+
+def _classified(template: Template, probabilities: torch.Tensor) -> list[Classified]:
+    classes = template.classes
     return [
         Classified(classes[int(each.argmax())], dict(zip(classes, each.tolist(), strict=True)))
-        for each in torch.softmax(scores, dim=1)
+        for each in probabilities
     ]
+
+
+def _classify_together(
+    backbone: Backbone,
+    prompts: Sequence[SoftPrompt],
+    rows: list[Fields],
+    template: Template | None,
+    calibrate: bool,
+    force: bool,
+) -> list[Classified]:
+    from .evaluation.voting import mean_probabilities
+
+    if not prompts:
+        raise ConfigError("there are no prompts to let vote; give at least one")
+    templates = [_encoder(backbone, each, rows, template, force).template for each in prompts]
+    if any(each.labels is None or each.classes != templates[0].classes for each in templates):
+        raise TemplateError("only prompts of tasks with the same labels can be asked together")
+    if not rows:
+        return []
+    found = mean_probabilities(backbone, prompts, [dict(row) for row in rows], templates, calibrate)
+    return _classified(templates[0], found)
 
 
 def generate(

@@ -27,6 +27,7 @@ from .output import Output
 from .progress import counting
 
 if TYPE_CHECKING:
+    from ..backbone import Backbone
     from ..data import Split, Task
     from ..prompt import SoftPrompt
     from ..templates import Template
@@ -37,7 +38,12 @@ SPLITS = ("all", "train", "validation", "test")
 @command
 def evaluate(
     out: Output,
-    what: Annotated[list[str], typer.Argument(metavar="[PROMPT] DATA", help="Prompt folder, and a table of rows.")],
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[PROMPT]... DATA", help="Prompt folder, and a table of rows. Several prompts of one task vote."
+        ),
+    ],
     no_prompt: Annotated[
         bool, typer.Option("--no-prompt", help="The same template without soft tokens; PROMPT may then be left out.")
     ] = False,
@@ -72,9 +78,12 @@ def evaluate(
 ) -> None:
     """Evaluate a prompt on rows: scores with intervals, per class, and the confusion matrix.
 
-    With --no-prompt the same template is evaluated as plain text, zero-shot or with --shots worked examples.
+    With --no-prompt the same template is evaluated as plain text, zero-shot or with --shots worked examples. Several
+    prompts, or one made by tune --ensemble, are asked together and vote.
     """
-    folder, data = _what(what, no_prompt)
+    folders, data = _what(what, no_prompt)
+    members = {} if no_prompt else _members(folders)
+    folder = folders[0] if folders else None
     prompt, template = _prompt_and_template(folder, template_from(input, chat, target, labels))
     if split is not None and split not in SPLITS:
         raise ConfigError(f"split: expected {', '.join(SPLITS)}, found '{split}'")
@@ -84,6 +93,8 @@ def evaluate(
         from ..data import Task
 
         worked = Task.load(test=examples, **options).test
+    if members and shots:
+        raise ConfigError("shots: are for a single prompt; several are asked without worked examples")
     if shots:
         rows, worked = _shots(rows, worked, shots, seed)
     if limit:
@@ -92,6 +103,12 @@ def evaluate(
     if prompt is not None:
         backbone.check(prompt, force=force)
     out.note(f"{len(rows):,} rows of {data} ({'drawn by seed' if limit else rows.name})")
+    facts: dict[str, Any] = {"prompt": None if no_prompt else folder, "model": backbone.name}
+    facts |= {"data": data, "split": rows.name}
+    if members:
+        given = {"calibrate": calibrate, "max_tokens": max_tokens, "force": force}
+        _vote(out, backbone, rows, members, {**facts, "prompt": folders}, mistakes, **given)
+        return
     from ..evaluation.generation import Sampling
     from ..evaluation.runner import evaluate as evaluate_prompt
     from .scores import report_data, report_tables
@@ -114,19 +131,54 @@ def evaluate(
         out.warn(f"{report.cut_rows:,} of {len(rows):,} rows were cut to fit")
     out.show(*report_tables(report))
     _show_mistakes(out, report, mistakes)
-    facts = {"prompt": None if no_prompt else folder, "model": backbone.name, "data": data, "split": rows.name}
     shown = {"mistakes": report.mistakes(mistakes)} if mistakes else {}
     out.document({**report_data(report), **facts, **shown})
 
 
-def _what(what: list[str], no_prompt: bool) -> tuple[str | None, str]:
-    """Prompt folder and data file out of the arguments."""
-    if len(what) == 2:
-        return what[0], what[1]
-    if len(what) == 1 and no_prompt:
-        return None, what[0]
-    expected = "[PROMPT] DATA with --no-prompt" if no_prompt else "PROMPT DATA (or --no-prompt DATA)"
-    raise ConfigError(f"evaluate takes {expected}, found {len(what)} arguments")
+def _what(what: list[str], no_prompt: bool) -> tuple[list[str], str]:
+    """Prompt folders and data file out of the arguments."""
+    if len(what) > 2 and no_prompt:
+        raise ConfigError(f"evaluate takes [PROMPT] DATA with --no-prompt, found {len(what)} arguments")
+    if len(what) >= 2 or no_prompt:
+        return what[:-1], what[-1]
+    raise ConfigError("evaluate takes PROMPT DATA (or --no-prompt DATA), found 1 arguments")
+
+
+def _members(folders: list[str]) -> dict[str, SoftPrompt]:
+    """The prompts that are to vote by name: the members of one ensemble, or several prompts; {} for a single one."""
+    from ..prompt import SoftPrompt
+    from ..training.ensemble import load_members
+
+    if len(folders) == 1:
+        return load_members(folders[0])
+    if len(set(folders)) < len(folders):
+        raise ConfigError("the same prompt is named twice; name each once, so that each has one vote")
+    return {folder: SoftPrompt.load(folder) for folder in folders}
+
+
+def _vote(
+    out: Output,
+    backbone: Backbone,
+    rows: Split,
+    members: dict[str, SoftPrompt],
+    facts: dict[str, Any],
+    mistakes: int,
+    **options: Any,
+) -> None:
+    from ..evaluation.voting import evaluate_ensemble
+    from .ensemble import vote_table
+    from .scores import report_tables
+
+    with counting(out, "evaluating") as progress:
+        report = evaluate_ensemble(
+            backbone, rows, list(members.values()), names=list(members), progress=progress, **options
+        )
+    if report.averaged.cut_rows:
+        out.warn(f"{report.averaged.cut_rows:,} of {len(rows):,} rows were cut to fit")
+    out.show(vote_table(report), "averaged probabilities", *report_tables(report.averaged))
+    _show_mistakes(out, report.averaged, mistakes)
+    shown = {"mistakes": report.averaged.mistakes(mistakes)} if mistakes else {}
+    out.document({**report.to_dict(), **facts, **shown})
 
 
 def _prompt_and_template(folder: str | None, given: Template | None) -> tuple[SoftPrompt | None, Template]:

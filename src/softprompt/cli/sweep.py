@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WINNER = "winner.yaml"  # in the sweep's folder: what `softprompt tune` needs to tune the winner again
 PANEL = "Sweep"
+NOT_HERE = ("auto", "folds", "ensemble")  # of tune, but not of a sweep
 
 
 def _sweep(
@@ -281,7 +282,7 @@ class SweepProgress:
 def _flags() -> dict[str, Any]:
     """Those of tune, and what is tried."""
     flags = {
-        key: flag_of(key, panel) for panel, keys in fields_by_panel().items() for key in keys if key not in ("auto",)
+        key: flag_of(key, panel) for panel, keys in fields_by_panel().items() for key in keys if key not in NOT_HERE
     }
     told = {
         "grid": (

@@ -10,7 +10,7 @@ import typer
 from ..config import RunConfig, fields_by_panel, load_config
 from .command import FAILED, INTERRUPTED, command, with_options
 from .output import Output, duration, interval
-from .progress import TuneProgress, counting
+from .progress import counting
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..evaluation.runner import Report
     from ..training.run import TuneResult
     from ..training.sweep import SweepResult
+    from .few import FewProgress
 
 
 def _tune(
@@ -34,14 +35,21 @@ def _tune(
     mistakes in them are told at once, before the model is loaded. Ctrl-C keeps a checkpoint; --resume RUN goes on.
     """
     config = load_config(*split_settings(settings or []), flags)
-    task = load_task(output, config)
+    from .few import FewProgress, few_task  # which use parts of this file
+
+    task = load_task(output, config, few_task(config))
     backbone = load_tuned_backbone(output, config)
     tried = None
     if config.auto:
         from .sweep import tune_automatically
 
         config, tried = tune_automatically(output, config, backbone, task)
-    result = _run(output, config, backbone, task)
+    if config.ensemble:
+        from .ensemble import tune_and_show
+
+        tune_and_show(output, config, backbone, task)
+        return
+    result = _run(output, config, backbone, task, FewProgress)
     if result.reason == "interrupted":
         output.document({"reason": result.reason, "steps": result.steps, "run": config.run})
         output.notes.print(
@@ -65,17 +73,24 @@ def how_to_go_on(config: RunConfig) -> str:
     return f"go on with: softprompt tune --resume {config.run}"
 
 
-def load_task(out: Output, config: RunConfig) -> Task:
+def load_task(out: Output, config: RunConfig, few: Task | None = None) -> Task:
+    """The rows of the config, or `few` where they have been read already for cross-validation; and what is to tell."""
     from ..data import Task
 
-    task = Task.load(**config.task_options())
+    task = few or Task.load(**config.task_options())
     counts = ", ".join(f"{len(split):,} {split.name}" for split in (task.train, task.validation, task.test))
     classes = f"; classes {', '.join(task.template.classes[:8])}" if task.template.classes else "; free text"
     more = f" and {len(task.template.classes) - 8} more" if len(task.template.classes) > 8 else ""
     out.note(f"rows: {counts}{classes}{more}")
-    if not len(task.validation):
+    if not len(task.validation) and not _cross_validated(config, task):
         out.warn("there are no validation rows: the last vectors are kept, not the best; give a file or a share")
     return task
+
+
+def _cross_validated(config: RunConfig, task: Task) -> bool:
+    from ..training.few import folds_of
+
+    return folds_of(task, config.tuning()) > 0
 
 
 def load_tuned_backbone(out: Output, config: RunConfig) -> Backbone:
@@ -90,13 +105,13 @@ def load_tuned_backbone(out: Output, config: RunConfig) -> Backbone:
     return Backbone.load(config.model, precision=config.precision, device=config.device, report=out.note)
 
 
-def _run(out: Output, config: RunConfig, backbone: Backbone, task: Task) -> TuneResult:
+def _run(out: Output, config: RunConfig, backbone: Backbone, task: Task, shown: type[FewProgress]) -> TuneResult:
     from ..training.run import tune as tune_prompt
 
     where = "at the front" if task.template.placement == "front" else task.template.placement.replace("_", " ")
     out.note(f"{config.tokens} soft tokens {where}; run folder {config.run} (Ctrl-C keeps what is done)")
     try:
-        with TuneProgress(out, _steps_of(config)) as progress:
+        with shown(out, steps_of(config)) as progress:
             return tune_prompt(
                 backbone,
                 task,
@@ -111,7 +126,7 @@ def _run(out: Output, config: RunConfig, backbone: Backbone, task: Task) -> Tune
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _steps_of(config: RunConfig) -> int:
+def steps_of(config: RunConfig) -> int:
     """How many steps the run that is gone on with has in all."""
     events = Path(config.run or "") / "metrics.jsonl"
     if config.resume is None or not events.exists():
@@ -152,7 +167,9 @@ def _show(
     from .scores import headline, table
 
     shown = table("split", "score", "value", "95 % interval", "rows")
-    for name, report in (("validation", result.validation), ("test", test)):
+    crossed = result.prompt.provenance.get("cross_validation")
+    validated = f"cross-validation, {crossed['folds']} folds" if crossed else "validation"
+    for name, report in ((validated, result.validation), ("test", test)):
         if report is not None:
             metric, value, bounds = headline(report)
             shown.add_row(name, metric, f"{value:.3f}", interval(bounds), f"{len(report.true):,}")
@@ -175,6 +192,7 @@ def _show(
             "seconds": round(result.seconds, 2),
             "validation": result.validation and result.validation.to_dict(),
             "test": test and test.to_dict(),
+            **({"cross_validation": crossed} if crossed else {}),
             **({"auto": [trial.to_dict() for trial in tried.trials]} if tried else {}),
         }
     )

@@ -100,7 +100,7 @@ class Soft:
     def fit(self, job: Job, learning_rate: float | None, folder: Path) -> Trained:
         from ..training.run import tune
 
-        given: dict[str, Any] = {**job.settings, "kind": self.kind}
+        given: dict[str, Any] = {"folds": 0, **job.settings, "kind": self.kind}
         if learning_rate:
             given["learning_rate"] = learning_rate
         config = job.tune_config(**given)

@@ -9,7 +9,7 @@ import torch
 
 from ..attention import Pass, StateCache, States
 from ..backbone import Backbone
-from ..computation import contexts_hidden, micro_batches, plain_answers, plain_batches, shared_states
+from ..computation import contexts_hidden, known_tokens, micro_batches, plain_answers, plain_batches, shared_states
 from ..losses import PIECE, log_probabilities
 from ..placement import Row, shared_length
 
@@ -83,7 +83,8 @@ def score_labels(
     shared = shared_states(backbone, rows[0].ids[:start], vectors, backbone.states)
     scores = torch.empty(len(rows), len(answers), dtype=torch.float64)
     places = {id(row): index for index, row in enumerate(rows)}
-    for batch in micro_batches(rows, start, micro_batch_tokens, extra=len(tree.tokens)):
+    known = known_tokens(start, vectors, texts)
+    for batch in micro_batches(rows, start, micro_batch_tokens, extra=len(tree.tokens), known=known):
         where = [places[id(row)] for row in batch]
         scores[where] = _batch_scores(backbone, batch, start, shared, vectors, tree, texts)
         done(len(batch))
@@ -100,15 +101,22 @@ def _batch_scores(
     texts: StateCache | None,
 ) -> torch.Tensor:
     hidden, _, rows, _ = contexts_hidden(backbone, batch, start, shared, vectors, texts, record=bool(tree.tokens))
+    return tree_scores(backbone, hidden, rows, [len(row.ids) for row in batch], tree)
+
+
+def tree_scores(
+    backbone: Backbone, hidden: torch.Tensor, rows: Pass, ends: Sequence[int], tree: LabelTree
+) -> torch.Tensor:
+    """log p of each label after each row of a pass: [R, C]. hidden: [R, H], what predicts the token after a context;
+    rows: the pass that gave it, recorded where labels have several tokens; ends: tokens of each context."""
     states = [hidden[:, None]]  # [R, 1, H]: what predicts the first token of each label
     if tree.tokens:
-        count = len(batch)
+        count = len(ends)
         ids = torch.tensor(tree.tokens * count, device=backbone.device)
         depths = torch.tensor(tree.depths, device=backbone.device)
-        ends = torch.tensor([len(row.ids) for row in batch], device=backbone.device)
         before = [*rows.before, rows.states()]
         branches = Pass([len(tree.tokens)] * count, before, device=backbone.device, parents=tree.parents)
-        positions = (ends[:, None] + depths).flatten()
+        positions = (torch.tensor(ends, device=backbone.device)[:, None] + depths).flatten()
         states.append(backbone.hidden(backbone.embed(ids), positions, branches).view(count, len(tree.tokens), -1))
     return _sum_steps(backbone, torch.cat(states, dim=1), tree)
 

@@ -200,7 +200,7 @@ def _tuned(
     with tempfile.TemporaryDirectory(prefix="softprompt-prune-") as folder:
         start = cut.save(Path(folder) / "start")
         settings: dict[str, Any] = {"tokens": cut.tokens, "init": f"prompt:{start}", "kind": cut.kind, "steps": steps}
-        settings |= {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
+        settings |= {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed, "folds": 0}
         settings["learning_rate"] = learning_rate or usual / 2
         silent = replace(task, validation=replace(task.validation, rows=()))
         result = tune(backbone, silent, listen=listen, **settings)

@@ -45,6 +45,12 @@ class TuneConfig(BaseModel):
         None, ge=1, description="optimiser steps between validations; default: four in a run"
     )
     validation_rows: int = Field(500, ge=1, description="rows of the validation split that are used at most")
+    folds: int | None = Field(
+        None,
+        ge=0,
+        description="cross-validate the number of steps in so many folds, then tune on all rows; default: 5 where "
+        "there are fewer than 100 rows and none are given for validation; 0: never",
+    )
     patience: int | None = Field(None, ge=1, description="stop after so many validations without a better score")
     checkpoint_every: int = Field(25, ge=1, description="optimiser steps between checkpoints")
     max_tokens: int | None = Field(None, ge=8, description="longest row in tokens; default: the model's context")

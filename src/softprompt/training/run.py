@@ -73,14 +73,20 @@ def tune(
     run's settings, log, checkpoints and report go; without one nothing is written. resume: go on from the run
     folder's checkpoint; the result is bit for bit that of the undisturbed run. listen: called with each event.
     config_text: the config.yaml that the run was started from, kept as it is in the run folder. baselines: other
-    scores for the report to show beside the prompt's, each {name, score, low, high}.
+    scores for the report to show beside the prompt's, each {name, score, low, high}. With few rows and none for
+    validation, the number of steps is found by cross-validation first (see `TuneConfig.folds` and few.py).
 
     Raises ConfigError (settings), DataError (rows), OutputError (folder), TrainingError (a loss that is not finite).
     """
     config = settle(config, settings)
     folder = Path(run_folder) if run_folder is not None else None
     listeners = (listen,) if callable(listen) else tuple(listen)
-    run = begin(backbone, task, config, folder=folder, resume=resume, listeners=listeners, config_text=config_text)
+    given: dict[str, Any] = {"folder": folder, "resume": resume, "listeners": listeners, "config_text": config_text}
+    from .few import folds_of, tune_few  # which is made of the parts of this file
+
+    if folds := folds_of(task, config):
+        return tune_few(backbone, task, config, folds, baselines=baselines, **given)
+    run = begin(backbone, task, config, **given)
     with interruptible() as stop:
         reason = run.go_on(stop)
     return finish(run, reason, baselines)
@@ -296,13 +302,19 @@ def _tensorboard(folder: Path | None, config: TuneConfig) -> list[Listener]:
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def finish(run: Run, reason: str, baselines: Sequence[dict[str, Any]] = ()) -> TuneResult:
-    """What came out of a run, with its validation scores, report.html and result.json."""
+def finish(
+    run: Run, reason: str, baselines: Sequence[dict[str, Any]] = (), validation: Report | None = None
+) -> TuneResult:
+    """What came out of a run, with its validation scores, report.html and result.json.
+
+    validation: its report, for a run that has no validation rows of its own.
+    """
     trainer, task, config, folder = run.trainer, run.task, run.config, run.folder
     prompt = prompt_of(run, reason)
-    validation: Report | None = None
     page = None
-    if reason != "interrupted" and len(task.validation):
+    if validation is not None:
+        prompt.metrics["validation"] = validation.to_dict(brief=True)
+    elif reason != "interrupted" and len(task.validation):
         found = trainer.best_validation
         validation = found.details if found else None
         if validation is None:  # free text has only been scored by its loss so far, or the best is from before resuming

@@ -94,7 +94,7 @@ def sweep(
             listener(event)
 
     state = _open_folder(folder, resume, backbone, task, base, plan, config_text)
-    racers = _begin_all(backbone, tasks, plan, configs, folder, resume, tell)
+    racers = begin_all(backbone, tasks, plan, configs, folder, resume, tell)
     steps = sum(trial.steps for trial in racers) / len(racers) * expected_runs(len(racers), plan.halving)
     done = sum(trial.step for trial in racers)
     tell({"event": "sweep", "trials": [t.to_dict() for t in racers], "steps": round(steps), "done": done})
@@ -180,7 +180,7 @@ def _with_input(task: Task, text: str) -> Task:
     return replace(task, template=template, train=train, validation=validation, test=test)
 
 
-def _begin_all(
+def begin_all(
     backbone: Backbone,
     tasks: Sequence[Task],
     plan: SweepPlan,
@@ -212,8 +212,8 @@ def _begin_all(
         )
         if run.resumed:  # it may have ended already, and then its log is all that tells how
             run.monitor.look_back(run.trainer.step)
-        assert run.trainer.validate is not None
-        run.trainer.validate = finite(run.trainer.validate)
+        if run.trainer.validate is not None:
+            run.trainer.validate = finite(run.trainer.validate)
         racers.append(Trial(name, own, run))
     return racers
 

@@ -78,6 +78,8 @@ def check_sweep(data: Mapping[str, Any], plan: SweepPlan, problems: Sequence[str
         found.append("validation: a sweep compares trials by validation rows; give a file or a share of the rows")
     if base is not None and base.auto:
         found.append("auto: is for tune; a sweep says itself what it tries")
+    if base is not None and (base.ensemble or base.folds):
+        found.append(f"{'ensemble' if base.ensemble else 'folds'}: is for tune; leave it out of a sweep")
     found += _trial_problems(data, plan, found)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))

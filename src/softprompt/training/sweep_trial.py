@@ -112,7 +112,7 @@ class Trial:
         except TrainingError as error:
             self.state, self.why = DIVERGED, str(error)
             return None
-        self._log("rung", loss=found.loss, score=found.score, metric=found.metric, error=found.error)
+        self.log("rung", loss=found.loss, score=found.score, metric=found.metric, error=found.error)
         return found
 
     def drop(self, found: Validation) -> None:
@@ -121,10 +121,11 @@ class Trial:
         if found.beats(trainer.top_score, trainer.best_loss):
             trainer.best, trainer.best_step = trainer.parameters.vectors().detach().clone(), trainer.step
             trainer.best_score, trainer.best_loss, trainer.best_validation = found.score, found.loss, None
-        self._log("end", reason=DROPPED)
+        self.log("end", reason=DROPPED)
         self.state = DROPPED
 
-    def _log(self, event: str, **facts: Any) -> None:
+    def log(self, event: str, **facts: Any) -> None:
+        """Add an event to the run's log, between two stretches."""
         self.run.monitor.open(self.step)
         try:
             self.run.monitor.add(event, self.step, **facts)

@@ -1,0 +1,99 @@
+"""What `softprompt tune` does and says where there are few rows: cross-validation in place of a few rows set aside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..config import RunConfig
+from .output import Output
+from .progress import TuneProgress
+from .sweep import SweepProgress
+
+if TYPE_CHECKING:
+    from ..data import Task
+
+
+def few_task(config: RunConfig) -> Task | None:
+    """The task with all rows of its one table for training, where these are few and nothing says otherwise; else None.
+
+    Nothing says otherwise: no validation file, shares as they are by default, `folds` not 0. Where `folds` asks for
+    cross-validation the validation share goes to training, however many rows there are.
+    """
+    from ..data import Task
+    from ..training.few import FEW, folds_of
+
+    usual = tuple(config.shares) == RunConfig.model_fields["shares"].default
+    if config.validation is not None or not usual or config.folds == 0 or config.auto:
+        return None
+    options = {**config.task_options(), "limit": None}
+    whole = Task.load(**{**options, "shares": (1.0, 0.0, 0.0)})
+    few = len(whole.train) < FEW
+    if not few and not config.folds:
+        return None
+    if few or config.test is not None:
+        shares = (1.0, 0.0, 0.0)
+    else:
+        shares = (config.shares[0] + config.shares[1], 0.0, config.shares[2])
+    task = Task.load(**{**config.task_options(), "shares": shares})
+    return task if folds_of(task, config.tuning()) else None
+
+
+class FewProgress:
+    """Shows the folds as a sweep's trials are shown, then the run over all rows; use as a context."""
+
+    def __init__(self, out: Output, resumed: int = 0):
+        self.out = out
+        self.whole = TuneProgress(out, resumed)
+        self.folds = SweepProgress(out)
+
+    def __enter__(self) -> FewProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folds.__exit__()
+        self.whole.__exit__()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        handler = getattr(self, f"_on_{event['event'].replace('-', '_')}", None)
+        if handler is not None:
+            handler(event)
+        elif "trial" in event:
+            self.folds(event)
+        else:
+            self.whole(event)
+
+    def _on_folds(self, event: dict[str, Any]) -> None:
+        self.out.note(
+            f"{event['rows']} training rows and none for validation: the number of steps is found by cross-validation "
+            f"in {event['folds']} folds, then all rows are tuned on (--folds 0 turns this off)"
+        )
+        names = [{"trial": str(number), "settings": {}} for number in range(1, event["folds"] + 1)]
+        self.folds({"event": "sweep", "trials": names, "steps": event["folds"] * event["steps"], "done": 0})
+
+    def _on_validation(self, event: dict[str, Any]) -> None:
+        """One fold's rows are too few to show."""
+        if "trial" not in event:
+            self.whole(event)
+
+    def _on_warning(self, event: dict[str, Any]) -> None:
+        if "trial" not in event:
+            self.whole(event)
+
+    def _on_fold_mean(self, event: dict[str, Any]) -> None:
+        self.out.note(f"step {event['step']}, mean of folds: score {event['score']:.3f}, loss {event['loss']:.3f}")
+
+    def _on_cross_validation(self, event: dict[str, Any]) -> None:
+        self.folds.__exit__()
+        self.out.note(in_words(event))
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """What cross-validation found, with how little is known: `found` as of CrossValidation.to_dict."""
+    score = f"{found['metric']} {found['score']:.3f}"
+    if found.get("interval"):
+        low, high = found["interval"]
+        score += f" (95 % interval {low:.2f} to {high:.2f}: {found['rows']} rows tell no more)"
+    return (
+        f"cross-validation: best after {found['steps']} of {found['planned']} steps, {score}; tuning on all "
+        f"{found['rows']} rows for {found['steps']} steps"
+    )
