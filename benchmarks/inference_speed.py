@@ -7,10 +7,10 @@ of 16 right-padded rows in two ways: peft-logits compares the label words' token
 is right for label words of one token; peft-labels computes each label word behind each text, as one must for any label
 words and as evaluation harnesses do. That all give the same probabilities and the same classes is asserted.
 
-Generation: 64 rows of E2E, 32 new tokens, greedy. `softprompt.generate` beside PEFT's `generate` on a left-padded
-batch. PEFT 0.21 puts the prompt before the padding and numbers positions through it, so in such a batch most rows get
-another answer than alone; how many is told. That ours are the answers of PEFT's `generate` to each row alone is
-asserted for some of the rows.
+Generation: 64 rows of E2E, 32 new tokens each (nothing ends an answer earlier), greedy. `softprompt.generate` beside
+PEFT's `generate` on a left-padded batch. PEFT 0.21 puts the prompt before the padding and numbers positions through it,
+so in such a batch most rows get another answer than alone; how many is told. That ours are the answers of PEFT's
+`generate` to each row alone is asserted for some of the rows.
 
 The prompt is the embeddings of an instruction, the same on all sides. Each side lives in a process of its own; they
 take turns over the same rows. The first turn, of few rows, is not timed. The last line is one JSON object.

@@ -23,6 +23,13 @@ def start_vectors(table: torch.Tensor, tokenizer: Any, tokens: int) -> torch.Ten
     return table[[ids[i % len(ids)] for i in range(tokens)]].detach().float().cpu()
 
 
+def endless(tokenizer: Any, model: Any) -> None:
+    """Take a token that is never said for the one that ends an answer, so that all answers have the same length."""
+    never = max(tokenizer.added_tokens_decoder)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(never)
+    model.generation_config.eos_token_id = model.config.eos_token_id = never
+
+
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
@@ -53,6 +60,7 @@ def our_generation(setting: Setting) -> Made:
     import softprompt as sp
 
     backbone, prompt = our_prompt(setting, FACTS)
+    endless(backbone.tokenizer, backbone.model)
 
     def step(number: int) -> tuple[float, list[str]]:
         rows = setting.more["parts"][number]
@@ -120,6 +128,7 @@ def peft_by_labels(setting: Setting) -> Made:
 def peft_generation(setting: Setting) -> Made:
     """PEFT's `generate` on a left-padded batch. Numbers beyond the parts: rows of the first part, each alone."""
     base, model, tokenizer, encoder = peft_ready(setting, FACTS)
+    endless(tokenizer, base)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = setting.more["parts"]
 
