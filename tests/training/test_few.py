@@ -137,7 +137,7 @@ def test_the_report_has_each_row_as_the_fold_without_it_says(backbone):
     folds = Folds(backbone, task, few_config(TuneConfig(**BASE), 18), 3, patience=99)
     found = folds.run(lambda: False)
     assert len(found.report.true) == 18 and sorted(found.report.true) == sorted(task.train.labels)
-    score = dict((step, score) for step, score, _ in found.curve)[found.steps]
+    score = {step: score for step, score, _ in found.curve}[found.steps]
     assert found.report.accuracy == pytest.approx(score)
     low, high = found.report.interval
     assert high - low > 0.35  # 18 rows tell little

@@ -24,6 +24,9 @@ _KEYS = (
 )
 
 
+MEMBERS = "members"  # in an ensemble's folder (training/ensemble.py): parts of one prompt, not listed by themselves
+
+
 def list_prompts(folder: str | Path) -> list[dict[str, Any]]:
     """One summary (plain data) for every prompt folder in and below `folder`, by name.
 
@@ -64,7 +67,8 @@ def summarise(path: Path, prompt: SoftPrompt | None) -> dict[str, Any]:
 
 
 def _prompt_folders(folder: Path, depth: int) -> Iterator[Path]:
-    if looks_like_prompt(folder):
+    prompt = looks_like_prompt(folder)
+    if prompt:
         yield folder
     if depth == 0:
         return
@@ -74,6 +78,8 @@ def _prompt_folders(folder: Path, depth: int) -> Iterator[Path]:
         return
     for entry in entries:
         if entry.name.startswith(".") or is_temporary(entry.name) or not os.path.isdir(entry):
+            continue
+        if prompt and entry.name == MEMBERS:
             continue
         path = folder / entry.name
         if not entry.is_symlink():

@@ -172,6 +172,8 @@ class Mixture:
             rows[name], self.cut[name] = encode_task(self.backbone, task, self.config)
         drawn = draws(self.sizes, self.shares, self.steps * self.batch_size, self.config.seed)
         found = [rows[name][index] for name, index in drawn]
+        # Rows that begin with text first: by the first row `keep_texts` tells how large states are.
+        found.sort(key=lambda row: row.ids[0] < 0)
         # Each text is computed once, however often its row comes up; the run then finds all of them there.
         once = list(dict.fromkeys(found))
         keep_texts(self.backbone, once, shared_length(once), self.texts)
