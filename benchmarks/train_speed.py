@@ -1,7 +1,7 @@
 """How fast is tuning, next to PEFT's prompt tuning, prefix tuning and LoRA?
 
     python benchmarks/train_speed.py --out speed.json          # all cases that this machine is fit for
-    python benchmarks/train_speed.py --quick                   # a part: short texts, two timed steps
+    python benchmarks/train_speed.py --quick                   # a part: short texts, one timed step
     python benchmarks/train_speed.py --quick --only short-P20  # names hold what is given
 
 A case is a kind of data (short: movie reviews of 31 tokens; long: IMDb, cut to 256 tokens; answers: E2E, whole
@@ -47,7 +47,7 @@ from speed.sides import SAME, SIDES, Setting, right_padded
 from softprompt import machine, weights
 
 __all__ = ["main", "right_padded"]
-QUICK = 2  # timed steps
+QUICK = 1  # timed step
 QUICK_KIND = "short"
 WARM = 4  # rows of the first step, which is not timed
 
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{QUICK} timed steps at most, and short texts unless --only says otherwise",
+        help=f"{QUICK} timed step, and short texts unless --only says otherwise",
     )
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for a case, about")
     parser.add_argument("--threads", type=int, default=machine.threads().cores)
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
             say(f"{case.name} is skipped: {reason}")
             document["skipped"].append({"name": case.name, "reason": reason})
             continue
-        steps = args.steps or (min(QUICK, case.data.steps) if args.quick else case.data.steps)
+        steps = args.steps or (QUICK if args.quick else case.data.steps)
         setting = Setting(folder, case.precision, args.device, case.tokens, args.threads, (), args.same_allocator)
         setting = replace(setting, batches=batches_of(case, folder, steps, args.batch))
         say(f"{case.name}: {steps} steps of {args.batch} rows on each side ...")

@@ -39,9 +39,9 @@ class Data:
 
 
 KINDS = {
-    "short": Data(None, REVIEW, 256, True, 3),
+    "short": Data(None, REVIEW, 256, True, 2),
     "long": Data("imdb", REVIEW, 256, False, 1),
-    "answers": Data("e2e", FACTS, 256, True, 2),
+    "answers": Data("e2e", FACTS, 256, True, 1),
 }
 
 

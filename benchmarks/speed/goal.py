@@ -12,22 +12,24 @@ import torch
 
 from softprompt.data import Task
 from softprompt.demo_data import movie_reviews
+from softprompt.encoding import Encoder
 
 from .compare import alone
 from .sides import Made, Setting, load_ours, right_padded
-from .suffix_sides import PEFT_RATE, template_of
+from .suffix_sides import BEHIND, FRONT, PEFT_RATE, template_of
 
 GOAL = 0.83
 TRAIN, VALIDATION = 2000, 300
 # Settings of `softprompt.tune` for the goal; --set changes them.
 OURS: dict[str, Any] = {
-    "input": "Review: {text}{soft} Sentiment:",
+    "input": BEHIND,
     "kind": "deep",
     "tokens": 20,
     "train": TRAIN,
     "epochs": 2,
     "batch_size": 32,
     "learning_rate": 0.1,
+    "validate_every": 31,
     "init_text": "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?",
 }
 PEFT = {"tokens": 20, "batch_size": 8, "epochs": 2, "learning_rate": PEFT_RATE}
@@ -115,9 +117,7 @@ def peft(setting: Setting) -> Made:
         tokenizer_name_or_path=setting.folder,
     )
     model = get_peft_model(base, config).to(setting.device)
-    from softprompt.encoding import Encoder
-
-    encoder = Encoder(template_of("{soft}Review: {text}\nSentiment:"), tokenizer, setting.tokens)
+    encoder = Encoder(template_of(FRONT), tokenizer, setting.tokens)
     rows, held = ([encoder.row(r)[0] for r in some] for some in (data.train, data.validation))
     words = [answer[0] for answer in encoder.answers()]
 
