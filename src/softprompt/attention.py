@@ -41,11 +41,19 @@ class States:
 
     keys, values: L tensors [R, K, C, D]; R rows (1 where all rows share them), K key-value heads, D head size.
     lengths: how many of the C tokens are real in each row (rows are padded on the right); None: all of them.
+    packed: [2 L, R, K, C, D] of which keys, then values are parts, where they are; copied with one call, not 2 L.
     """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     lengths: torch.Tensor | None = None
+    packed: torch.Tensor | None = None
+
+    @staticmethod
+    def of_packed(packed: torch.Tensor, lengths: torch.Tensor | None = None) -> States:
+        """States that are parts of one tensor [2 L, R, K, C, D]: keys of all layers, then values."""
+        keys, values = packed.split(len(packed) // 2)
+        return States(list(keys.unbind()), list(values.unbind()), lengths, packed)
 
     @property
     def size(self) -> int:
@@ -212,6 +220,19 @@ class StateCache:
             self._bytes += size
             while self._bytes > self.max_bytes:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes()
+
+    # What `keep_texts` tells a cache while it puts the texts of a data set; text_store/store.py does more with it.
+
+    def plan(self, tokens: int, sample: States) -> bool:
+        """Whether there is room for so many tokens of texts. sample: states of one row, which tell the size."""
+        return tokens * sample.nbytes() // sample.size <= self.room
+
+    def end_batch(self) -> None:
+        """Called after each batch of texts that were computed together."""
+
+    def finish(self) -> bool:
+        """Called after the last of the texts that were planned. False if some of them could not be kept."""
+        return True
 
 
 class _Spread(torch.autograd.Function):

@@ -30,6 +30,10 @@ from .placement import Line, Row, embed_with_soft, first_soft, in_line, in_recta
 from .rotary import moved
 
 Ids = tuple[int, ...]
+# Keys and values of a token take a tenth or less of the memory that its computation takes for the backward pass; they
+# are copied once or twice.
+LIGHT = 4
+TOLD_ROWS = 256  # rows whose texts are looked up between two calls that tell how far it is
 
 
 @dataclass
@@ -223,13 +227,8 @@ def _compute_texts(
     passed = Pass(line.lengths, [shared], record=True, device=backbone.device)
     backbone.hidden(backbone.embed(line.ids), line.positions, passed, line.ids[:0])
     fresh = passed.states()
-    return [
-        States(
-            [k[i : i + 1, :, : end - start].clone() for k in fresh.keys],
-            [v[i : i + 1, :, : end - start].clone() for v in fresh.values],
-        )
-        for i, end in enumerate(ends)
-    ]
+    packed = torch.stack([*fresh.keys, *fresh.values])
+    return [States.of_packed(packed[:, i : i + 1, :, : end - start].clone()) for i, end in enumerate(ends)]
 
 
 @torch.no_grad()
@@ -245,26 +244,44 @@ def keep_texts(
     """Compute the texts of a whole data set that stand before any soft token, once, into `cache`.
 
     All or nothing: returns False, having computed nothing, if no row has such a text, if soft tokens stand in what
-    `rows` share, or if the states of all would not fit. What `cache` holds already is not computed again, and rows
-    without soft tokens find what others have put there. Rows are taken in their own order, so that the same data give
-    the same bytes whenever a run is resumed. advance: called with the rows finished.
+    `rows` share, or if the states of all would not fit (or, having computed them, if they could not be written). What
+    `cache` holds already is not computed again, and rows without soft tokens find what others have put there. Rows are
+    taken in their own order, so that the same data give the same bytes whenever a run is resumed. advance: called with
+    the rows finished.
     """
     ends = text_ends(rows, start, cache)
     if not backbone.fast or first_soft(rows[0].ids[:start]) < start or all(end == start for end in ends):
         return False
+    missing = _missing_texts(rows, start, ends, cache, advance)
+    if not missing:
+        return True
     shared = shared_states(backbone, rows[0].ids[:start], None, cache)
     sample = shared if shared.size else _compute_texts(backbone, rows[:1], start, [start + 1], shared)[0]
-    missing = [i for i, row in enumerate(rows) if ends[i] > start and cache.get(_text_key(row, start, ends[i])) is None]
-    needed = sum(ends[i] - start for i in missing)
-    if needed * sample.nbytes() // sample.size > cache.room:
+    if not cache.plan(sum(ends[i] - start for i in missing), sample):
         return False
-    advance(len(rows) - len(missing))
     for batch in _in_order(missing, [end - start for end in ends], micro_batch_tokens):
         fresh = _compute_texts(backbone, [rows[i] for i in batch], start, [ends[i] for i in batch], shared)
         for i, states in zip(batch, fresh, strict=True):
             cache.put(_text_key(rows[i], start, ends[i]), states)
+        cache.end_batch()
         advance(len(batch))
-    return True
+    return cache.finish()
+
+
+def _missing_texts(
+    rows: Sequence[Row], start: int, ends: Sequence[int], cache: StateCache, advance: Callable[[int], None]
+) -> list[int]:
+    """Which rows have a text that `cache` does not hold. What it holds on disk is read here, which takes a while."""
+    missing: list[int] = []
+    told = 0
+    for i, row in enumerate(rows):
+        if ends[i] > start and cache.get(_text_key(row, start, ends[i])) is None:
+            missing.append(i)
+        found = i + 1 - len(missing)
+        if found - told == TOLD_ROWS or i + 1 == len(rows):
+            advance(found - told)
+            told = found
+    return missing
 
 
 def _in_order(indices: Sequence[int], sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -283,27 +300,29 @@ def _pad(states: Sequence[States | None], backbone: Backbone) -> States:
     """Rows of states [1, K, C_r, D] as one padded [R, K, C, D] with its lengths."""
     lengths = [s.size if s else 0 for s in states]
     some = next(s for s in states if s)
-    shape = (len(states), some.keys[0].shape[1], max(lengths), some.keys[0].shape[3])
-    keys = [some.keys[0].new_zeros(shape) for _ in some.keys]
-    values = [some.keys[0].new_zeros(shape) for _ in some.keys]
+    sample = some.keys[0]
+    packed = sample.new_zeros(2 * len(some.keys), len(states), sample.shape[1], max(lengths), sample.shape[3])
     for r, row in enumerate(states):
         if row is not None:
-            for layer in range(len(keys)):
-                keys[layer][r, :, : lengths[r]] = row.keys[layer][0]
-                values[layer][r, :, : lengths[r]] = row.values[layer][0]
-    return States(keys, values, torch.tensor(lengths, device=backbone.device))
+            one = torch.stack([*row.keys, *row.values]) if row.packed is None else row.packed
+            packed[:, r, :, : lengths[r]] = one[:, 0]
+    return States.of_packed(packed, torch.tensor(lengths, device=backbone.device))
 
 
-def micro_batches(rows: Sequence[Row], start: int, budget: int, extra: int = 0) -> Iterator[list[Row]]:
+def micro_batches(
+    rows: Sequence[Row], start: int, budget: int, extra: int = 0, known: Callable[[Row], int] = lambda row: 0
+) -> Iterator[list[Row]]:
     """Rows of like length together, each micro-batch with at most `budget` own tokens (or a single longer row).
 
-    extra: tokens that will be added to each row.
+    extra: tokens that will be added to each row. known: how many of a row's tokens from `start` on are states already,
+    which take less memory and no computation: `LIGHT` of them count as one.
     """
     ordered = sorted(rows, key=lambda row: -len(row.ids))
     batch: list[Row] = []
     used = 0
     for row in ordered:
-        own = len(row.ids) - start + extra
+        light = known(row)
+        own = len(row.ids) - start + extra - light + -(-light // LIGHT)
         if batch and used + own > budget:
             yield batch
             batch, used = [], 0
@@ -311,6 +330,18 @@ def micro_batches(rows: Sequence[Row], start: int, budget: int, extra: int = 0) 
         used += own
     if batch:
         yield batch
+
+
+def known_tokens(start: int, vectors: torch.Tensor | None, cache: StateCache | None) -> Callable[[Row], int]:
+    """How many tokens of a row from `start` on are states already: its kept text, and a deep prompt behind it."""
+
+    def known(row: Row) -> int:
+        (end,) = text_ends([row], start, cache)
+        kept = end - start if cache is not None and _text_key(row, start, end) in cache else 0
+        behind = is_deep(vectors) and any(token < 0 for token in row.ids[start:])
+        return kept + prompt_length(vectors) * behind
+
+    return known
 
 
 def loss_and_gradient(
@@ -418,7 +449,7 @@ def _shared_backward(
 ) -> float:
     start = shared_length(rows) if start is None else start
     known, left = split_shared(backbone, rows[0].ids[:start], leaf, cache)
-    batches = list(micro_batches(rows, start, budget))
+    batches = list(micro_batches(rows, start, budget, known=known_tokens(start, leaf, cache)))
     if left and len(batches) == 1 and len(left) <= budget:
         return _backward_at_once(backbone, batches[0], leaf, known, left)
     shared = shared_states(backbone, rows[0].ids[:start], leaf, cache)
@@ -484,7 +515,8 @@ def answer_log_probability(
         return total
     start = shared_length(rows)
     shared = shared_states(backbone, rows[0].ids[:start], vectors, backbone.states)
-    for batch in micro_batches(rows, start, micro_batch_tokens):
+    known = known_tokens(start, vectors, cache)
+    for batch in micro_batches(rows, start, micro_batch_tokens, known=known):
         hidden, line, _, _ = contexts_hidden(backbone, batch, start, shared, vectors, cache)
         at_once = max(1, PIECE // backbone.vocab_size)
         pieces = zip(hidden.split(at_once), line.targets.split(at_once), strict=True)
