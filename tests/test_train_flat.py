@@ -59,7 +59,7 @@ def test_same_losses_and_same_vectors_as_tune(kind, architecture, tokenizer):
 
 def test_without_validation_the_last_vectors_are_taken(tokenizer):
     task = make_task("front", validation=0)
-    configured = sp.tune(make_backbone("llama", torch.float32, tokenizer), task, tokens=4)
+    configured = sp.tune(make_backbone("llama", torch.float32, tokenizer), task, tokens=4, folds=0)
     vectors, _ = train(make_backbone("llama", torch.float32, tokenizer), task, tokens=4, say=lambda line: None)
     assert torch.equal(vectors, configured.prompt.vectors)
 
