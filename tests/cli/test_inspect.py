@@ -48,8 +48,9 @@ def library(prompt: str, tmp_path: Path) -> Path:
 
 
 def test_inspect_a_prompt_alone(cli: Cli, prompt: str, tuned: Path) -> None:
-    called = cli("inspect", prompt, "--run", tuned / "runs/reviews", "--report", "r.html", *FLOAT)
+    called = cli("inspect", prompt, "--run", tuned / "runs/reviews", "--report", "r.html", "--pictures", "p", *FLOAT)
     assert called.code == 0, called.err
+    assert {path.name for path in Path("p").iterdir()} >= {"reviews-moved.svg", "reviews-gradients.svg"}
     for told in ("nearest words (cosine)", "cosine with start", "norm of a word", "report r.html"):
         assert told in called.out, told
     assert "evaluating" not in called.err
@@ -101,10 +102,11 @@ def test_inspect_wrong_use(cli: Cli, prompt: str, tmp_path: Path) -> None:
 
 
 def test_similarity_of_a_library(cli: Cli, library: Path) -> None:
-    called = cli("similarity", library, "--report", "s.html", *FLOAT)
+    called = cli("similarity", library, "--report", "s.html", "--pictures", "pictures", *FLOAT)
     assert called.code == 0, called.err
     assert "reviews" in called.out and "other" in called.out
     assert "<svg" in Path("s.html").read_text()
+    assert Path("pictures/similar-words.svg").is_file() and Path("pictures/together.svg").is_file()
     found = cli("similarity", library, "--of", "reviews", "--json", *FLOAT).json
     names = [name for name, _ in found["nearest"]]
     assert set(names[:2]) == {"again", "peft"}

@@ -26,6 +26,7 @@ def inspect(
     out: Output,
     prompts: Annotated[list[str], typer.Argument(help="Prompt folders, or PEFT adapter folders.")],
     report: Annotated[Path | None, typer.Option(help="Write all of it with figures to this HTML file.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Write its figures as SVG files into this folder.")] = None,
     data: DATA = None,
     split: SPLIT = None,
     rows: LIMIT = 100,
@@ -81,8 +82,8 @@ def inspect(
             each.notes = [n.replace("the model was not given", f"no model ({why})") for n in each.notes]
         found.append(each)
         _show(out, each)
-    if report is not None:
-        _write(out, report, found, backbone)
+    if report is not None or pictures is not None:
+        _write(out, report, pictures, found, backbone)
     documents = [each.to_dict() for each in found]
     out.document({**documents[0], "report": report and str(report)} if len(documents) == 1 else {"prompts": documents})
 
@@ -117,8 +118,10 @@ def _model(
         return None, str(error)
 
 
-def _write(out: Output, path: Path, found: list[Inspection], backbone: Backbone | None) -> None:
-    from ..inspection.inspect_page import write_inspections
+def _write(
+    out: Output, path: Path | None, folder: Path | None, found: list[Inspection], backbone: Backbone | None
+) -> None:
+    from ..inspection.inspect_page import write_inspections, write_pictures
     from ..inspection.projection import project
     from ..inspection.similarity import similarity
 
@@ -130,12 +133,16 @@ def _write(out: Output, path: Path, found: list[Inspection], backbone: Backbone 
         table = backbone.embedding_table() if backbone is not None and fits else None
         together = project(flat, table, backbone.tokenizer if backbone is not None else None)
     alike = similarity({each.name: each.prompt for each in found}, backbone) if len(found) > 1 else None
-    write_inspections(path, found, together=together, similarity=alike)
-    out.show(f"report {path}")
+    if path is not None:
+        write_inspections(path, found, together=together, similarity=alike)
+        out.show(f"report {path}")
+    if folder is not None:
+        written = write_pictures(folder, found, together=together, similarity=alike)
+        out.show(f"{len(written)} pictures in {folder}")
 
 
 def _show(out: Output, found: Inspection) -> None:
-    from ..inspection.inspect_page import answers, facts
+    from ..inspection.findings import answers, facts
     from .scores import table
 
     out.show(f"{found.name}: " + ", ".join(f"{what} {value}" for what, value in facts(found)))
@@ -148,7 +155,7 @@ def _show(out: Output, found: Inspection) -> None:
         )
     if found.lengths:
         out.show(f"norm of a word: {found.lengths.mean:.3g} ({found.lengths.low:.3g} to {found.lengths.high:.3g})")
-    for sentence in answers(found):
+    for _, sentence in answers(found):
         out.show(sentence)
     if found.importance and (found.importance.first or found.importance.shuffled):
         shown = table("what is left", "accuracy", "loss", "difference", "p", "loss of the answer")

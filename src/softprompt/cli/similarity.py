@@ -34,6 +34,7 @@ def similarity(
     ] = None,
     rows: LIMIT = 100,
     report: Annotated[Path | None, typer.Option(help="Write all matrices as heat maps to this HTML file.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Write them as SVG files into this folder.")] = None,
     no_model: Annotated[bool, typer.Option("--no-model", help="Without the model: no overlap of words.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the rows.")] = 0,
     format: FORMAT = None,
@@ -53,6 +54,8 @@ def similarity(
     prompts, unreadable = _load(folder)
     if not prompts:
         raise ConfigError(f"no prompts in {folder} that can be read")
+    if of is not None and of not in prompts:
+        raise ConfigError(f"of: no prompt '{of}' in {folder}; there are {', '.join(prompts)}")
     splits = _splits(out, prompts, data or [], rows, seed, format) if loss else None
     backbone = None
     if not no_model or loss:
@@ -65,8 +68,8 @@ def similarity(
         )
     found.left_out[:0] = unreadable
     _show(out, found, of, measure)
-    if report is not None:
-        _write(out, report, found, prompts, backbone)
+    if report is not None or pictures is not None:
+        _write(out, report, pictures, found, prompts, backbone)
     nearest = {"nearest": found.nearest(of, measure)} if of else {}
     out.document({**found.to_dict(), **nearest, "report": report and str(report)})
 
@@ -143,6 +146,9 @@ def _show(out: Output, found: Any, of: str | None, measure: str) -> None:
         if found.loss is not None:
             out.show("loss of each prompt (down) on each task's rows (across)")
             out.show(_matrix(found.names, found.names, found.loss, found.order))
+        if found.accuracy is not None:
+            out.show("accuracy of each prompt (down) on each task's rows (across)")
+            out.show(_matrix(found.names, found.names, found.accuracy, found.order))
     for name, reason in found.left_out:
         out.show(f"{name}: {reason}")
 
@@ -156,13 +162,24 @@ def _matrix(rows: list[str], columns: list[str], values: Any, order: list[int]) 
     return shown
 
 
-def _write(out: Output, path: Path, found: Any, prompts: dict[str, SoftPrompt], backbone: Backbone | None) -> None:
-    from ..inspection.inspect_page import write_inspections
+def _write(
+    out: Output,
+    path: Path | None,
+    folder: Path | None,
+    found: Any,
+    prompts: dict[str, SoftPrompt],
+    backbone: Backbone | None,
+) -> None:
+    from ..inspection.inspect_page import write_inspections, write_pictures
     from ..inspection.projection import project
 
     width = backbone.width if backbone is not None else next(iter(prompts.values())).width
     flat = {n: p.vectors for n, p in prompts.items() if p.kind == "embedding" and p.width == width}
     table = backbone.embedding_table() if backbone is not None else None
     together = project(flat, table, backbone.tokenizer if backbone is not None else None) if len(flat) > 1 else None
-    write_inspections(path, [], together=together, similarity=found, title="Prompts compared")
-    out.show(f"report {path}")
+    if path is not None:
+        write_inspections(path, [], together=together, similarity=found, title="Prompts compared")
+        out.show(f"report {path}")
+    if folder is not None:
+        written = write_pictures(folder, together=together, similarity=found)
+        out.show(f"{len(written)} pictures in {folder}")

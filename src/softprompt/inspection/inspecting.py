@@ -35,7 +35,8 @@ class Inspection:
     """What was seen of a prompt; a part is None or empty where it could not be, and `notes` say why.
 
     norms: [P]. near: by measure, P lists of neighbours. yardsticks: what is near, by measure. moved: distance and
-    cosine from the start of each token. start: how the start is known. events: of the run. deep: of a deep prompt.
+    cosine from the start of each token. start: how the start is known. begun: the word nearest to each token's start.
+    events: of the run. deep: of a deep prompt.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Inspection:
     clusters: meaning.Clusters | None = None
     initial: Tensor | None = None
     start: str = ""
+    begun: list[str] = field(default_factory=list)
     moved: list[tuple[float, float | None]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     importance: Importance | None = None
@@ -77,6 +79,7 @@ class Inspection:
             "words": self.vocabulary.to_dict() if self.vocabulary else None,
             "clusters": asdict(self.clusters) if self.clusters else None,
             "start": self.start or None,
+            "started_as": self.begun,
             "movement": [{"distance": d, "cosine": c} for d, c in self.moved],
             "importance": self.importance.to_dict() if self.importance else None,
             "attention": self.attention.to_dict() if self.attention else None,
@@ -183,6 +186,9 @@ def _look_at_words(found: Inspection, table: Tensor, tokenizer: Any, k: int, dat
             if stick is not None:
                 found.yardsticks[measure] = stick
         near = found.near["cosine"]
+        if found.moved and found.initial is not None:
+            begun = nearest_tokens(found.initial, table, tokenizer, 1)
+            found.begun = [row[0].text if row else "" for row in begun]
         found.vocabulary = meaning.vocabulary(near, found.prompt, table, tokenizer, found.initial, data)
         found.clusters = meaning.clusters(near, table, tokenizer)
 

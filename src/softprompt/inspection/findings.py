@@ -1,0 +1,123 @@
+"""What was seen of a prompt, in sentences: the same for the terminal and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .inspecting import Inspection
+from .words import Vocabulary
+
+
+def facts(found: Inspection) -> list[tuple[str, str]]:
+    prompt = found.prompt
+    size = f"{prompt.tokens:,} token{'s' if prompt.tokens != 1 else ''}"
+    size += (
+        f" of width {prompt.width}" if prompt.kind == "embedding" else f" in each of {prompt.vectors.shape[0]} layers"
+    )
+    facts = [("model", prompt.base_model or "not known"), ("soft prompt", size), ("kind", prompt.kind)]
+    if prompt.template is not None:
+        facts.append(("place", prompt.template.placement.replace("_", " ")))
+    if found.start:
+        facts.append(("start known from", found.start))
+    return facts
+
+
+def answers(found: Inspection) -> list[tuple[str, str]]:
+    """(question, answer) of all that was measured, the most telling first."""
+    return [*_of_importance(found), *_of_attention(found), *_of_words(found)]
+
+
+def _of_words(found: Inspection) -> list[tuple[str, str]]:
+    said = []
+    near, stick = found.near.get("cosine"), found.yardsticks.get("cosine")
+    if near and stick:
+        best = [row[0].similarity for row in near if row]
+        close = sum(value > stick.words[1] for value in best)
+        said.append(
+            (
+                "Is a soft token near a word?",
+                f"{close} of {len(near)} soft tokens are nearer to a word than a word usually is to its nearest other "
+                f"word (cosine above {stick.words[1]:.2f}); a word by chance is at {stick.chance[1]:.2f}.",
+            )
+        )
+    words = found.vocabulary
+    if words is not None and words.survived_share is not None:
+        said.append(
+            (
+                "Is it still the word that it started from?",
+                f"For {words.survived_share:.0%} of the tokens the nearest word is still the one they started from.",
+            )
+        )
+    if found.clusters and found.clusters.tightness is not None and found.clusters.by_chance is not None:
+        tight = found.clusters
+        said.append(
+            (
+                "Do its nearest words belong together?",
+                f"The neighbours of one token have a mean cosine of {tight.tightness:.2f} with each other (by chance: "
+                f"{tight.by_chance:.2f}), and {tight.same_stem:.0%} of them share a stem with another one.",
+            )
+        )
+    if words is not None:
+        said += _of_task(words)
+    return said
+
+
+def _of_task(words: Vocabulary) -> list[tuple[str, str]]:
+    """Words of the task, and words that come up again."""
+    said = []
+    if words.labels is not None:
+        there = [f"“{word}” ({_tokens(tokens)})" for word, tokens in words.labels.items() if tokens]
+        more = f" and {len(there) - 8} more" if len(there) > 8 else ""
+        said.append(("Does it name the answers?", f"Label words nearby: {', '.join(there[:8]) or 'none'}{more}."))
+    if words.frequent:
+        some = ", ".join(f"“{word}” ({_tokens(tokens)})" for word, tokens in list(words.frequent.items())[:8])
+        said.append(("Does it know the texts?", f"Frequent words of the task's texts nearby: {some}."))
+    if words.repeated:
+        most = ", ".join(f"“{word.strip()}” ({len(tokens)} tokens)" for word, tokens in words.repeated[:6])
+        said.append(("Do several tokens stand near the same word?", f"Words near more than one token: {most}."))
+    return said
+
+
+def _of_importance(found: Inspection) -> list[tuple[str, str]]:
+    if not found.importance or not found.importance.left_out:
+        return []
+    costs, errors = found.importance.of_token, found.importance.errors
+    clear = [i for i, (cost, error) in enumerate(zip(costs, errors)) if cost > 2 * error]
+    top = max(range(len(costs)), key=costs.__getitem__)
+    said = [
+        (
+            "Which tokens matter?",
+            f"Leaving a token out makes the loss clearly higher for {len(clear)} of {len(costs)} tokens; most for "
+            f"token {top} ({costs[top]:+.3f} ± {2 * errors[top]:.3f} nats a row, on {len(found.importance.whole.losses)} rows).",
+        )
+    ]
+    if found.importance.whole.choices is not None:
+        whole = found.importance.of_answer
+        top = max(range(len(whole)), key=whole.__getitem__)
+        said.append(
+            (
+                "Which token says that a label is wanted?",
+                f"The above is the loss among the labels. That the answer is to be a label at all depends most on "
+                f"token {top} (loss of the answer {whole[top]:+.3f} nats a row without it).",
+            )
+        )
+    return said
+
+
+def _of_attention(found: Inspection) -> list[tuple[str, str]]:
+    if not found.attention:
+        return []
+    share = float(found.attention.tokens.sum(dim=1).mean())
+    even = found.attention.fair * found.attention.tokens.shape[1]
+    return [
+        (
+            "Where does the answer look?",
+            f"From the answer's position {share:.0%} of the attention goes to the soft tokens, mean over layers (if it "
+            f"were even: {even:.0%}).",
+        )
+    ]
+
+
+def _tokens(tokens: Sequence[int]) -> str:
+    shown = ", ".join(map(str, tokens[:8])) + ("…" if len(tokens) > 8 else "")
+    return ("token " if len(tokens) == 1 else "tokens ") + shown
