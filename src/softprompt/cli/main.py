@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import (
+    cache,
     compare,
     demo,
     diff,
@@ -85,6 +86,7 @@ for name, function in {
     "diff": diff.diff,
     "prune": prune.prune,
     "discretize": discretize.discretize,
+    "cache": cache.cache,
     "demo": demo.demo,
     "doctor": doctor.doctor,
 }.items():

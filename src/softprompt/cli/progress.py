@@ -26,6 +26,7 @@ class TuneProgress:
         self.rate = 0.0
         self._bar: Any = None
         self._task: Any = None
+        self._texts: Any = None
 
     def __enter__(self) -> TuneProgress:
         return self
@@ -57,15 +58,31 @@ class TuneProgress:
             self._bar.start()
 
     def _on_texts(self, event: dict[str, Any]) -> None:
-        """Texts before the soft tokens, computed once before the first step."""
-        if event["done"] == event["rows"] or time.monotonic() - self.told >= PLAIN_SECONDS:
+        """Texts before the soft tokens, computed once before the first step or found on disk."""
+        done, rows = event["done"], event["rows"]
+        if self._bar is not None:
+            if self._texts is None:
+                self._texts = self._bar.add_task("texts", total=rows, told="computed once and kept")
+            self._bar.update(self._texts, completed=done)
+        if done == rows or (self._bar is None and time.monotonic() - self.told >= PLAIN_SECONDS):
             self.told = time.monotonic()
-            self.out.note(f"texts computed once and kept: {event['done']:,} of {event['rows']:,}")
+            self.out.note(f"texts computed once and kept: {done:,} of {rows:,}")
+        self._end_texts(done == rows)
+
+    def _end_texts(self, ended: bool = True) -> None:
+        """The time that texts take is no part of what a step takes."""
+        if ended:
+            self.begun = time.monotonic()
+        if ended and self._texts is not None:
+            self._bar.remove_task(self._texts)
+            self._texts = None
 
     def _on_step(self, event: dict[str, Any]) -> None:
         if not self.latest and self.resumed:  # a resumed run tells its start no second time
             self.out.note(f"going on at step {event['step'] - 1} of {self.resumed}")
             self.begin(self.resumed, event["step"] - 1)
+        if self._texts is not None:  # there was no room for all of them
+            self._end_texts()
         self.latest = event
         speed = event["examples_per_second"]
         self.rate = speed if not self.rate else 0.9 * self.rate + 0.1 * speed

@@ -54,5 +54,16 @@ class TuneConfig(BaseModel):
     patience: int | None = Field(None, ge=1, description="stop after so many validations without a better score")
     checkpoint_every: int = Field(25, ge=1, description="optimiser steps between checkpoints")
     max_tokens: int | None = Field(None, ge=8, description="longest row in tokens; default: the model's context")
+    text_cache: Literal["auto", "off", "memory", "disk"] = Field(
+        "auto",
+        description="where the states of texts before the soft tokens are kept, once computed; auto: in memory, and on "
+        "disk for later runs where that saves at least ten seconds of them",
+    )
+    text_cache_bits: int | None = Field(
+        None, ge=8, le=8, description="8: keep them in 8 bits, a half to a quarter of the size; default: as the model"
+    )
+    text_cache_gb: float | None = Field(
+        None, gt=0, description="GB of disk for all kept texts; default: 20, or a fifth of what is free if that is less"
+    )
     seed: int = Field(0, ge=0, description="seed of the order of rows and of the initialiser")
     tensorboard: bool = Field(False, description="also write TensorBoard events")

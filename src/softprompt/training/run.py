@@ -24,9 +24,9 @@ from ..errors import ConfigError, DataError
 from ..evaluation.runner import Report, evaluate_prompt, pick_shots
 from ..fileformat import load_prompt
 from ..initialisers import check_init, initialise
-from ..machine import text_bytes
 from ..placement import Row
 from ..prompt import SoftPrompt
+from ..text_store.store import open_texts
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import TuneConfig
 from .folder import CHECKPOINT, prepare, record, versions
@@ -149,7 +149,8 @@ def begin(
     checkpoint = prepare(folder, resume, recorded, config_text)
     initial, note = _initial(backbone, task, config, checkpoint)
     monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
-    texts = texts if texts is not None else StateCache(text_bytes())
+    if texts is None:
+        texts = open_texts(backbone, config, say=lambda text: monitor.warn_once(0, text, text))
     trainer = Trainer(
         backbone,
         rows,

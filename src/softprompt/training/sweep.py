@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_atomic
-from ..attention import StateCache
 from ..backbone import Backbone
 from ..data import Task
 from ..errors import ConfigError, DataError, OutputError, SoftPromptError, TemplateError, TrainingError
 from ..evaluation.runner import Report
-from ..machine import text_bytes
 from ..prompt import SoftPrompt
 from ..templates import Template
+from ..text_store.store import open_texts
 from .config import TuneConfig
 from .folder import prepare, record
 from .loop import Validation
@@ -190,7 +189,7 @@ def begin_all(
     tell: Tell,
 ) -> list[Trial]:
     """A run for each trial. Those with the same rows share them encoded, and all share the states of texts."""
-    texts = StateCache(text_bytes())
+    texts = open_texts(backbone, configs[0])
     encoded: dict[Any, Any] = {}
     width = max(2, len(str(len(configs))))
     racers = []

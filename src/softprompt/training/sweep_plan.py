@@ -14,7 +14,10 @@ from .config import TuneConfig
 
 # What may differ between trials: all that says how to tune, and `input`, which says where the soft tokens stand.
 # `init_text` goes with init; the rest of TuneConfig changes no result, or is the run's and not a trial's.
-KEPT = ("tensorboard", "folds", "checkpoint_every", "micro_batch_tokens", "validation_rows")
+KEPT = (
+    *("tensorboard", "folds", "checkpoint_every", "micro_batch_tokens", "validation_rows"),
+    *("text_cache", "text_cache_bits", "text_cache_gb"),
+)
 SWEPT = ("input", *(key for key in TuneConfig.model_fields if key not in KEPT))
 SECTION = ("grid", "trials", "halving")
 HALVING = 3
