@@ -114,8 +114,7 @@ def _generate_batch(
         slots = _Slots(rows, starts, sampling.max_new_tokens)
     while opened:
         going = []
-        for slot, (row, each) in enumerate(zip(opened, logits, strict=True)):
-            token = choose(each, sampling, row.generator)
+        for slot, (row, token) in enumerate(zip(opened, _choose_each(logits, sampling, opened), strict=True)):
             if token in ends:
                 continue
             row.tokens.append(token)
@@ -175,6 +174,14 @@ class _Slots:
             self.values = [v[index] for v in self.values]
             self.lengths, self.starts = self.lengths[index], self.starts[index]
             self.before = [states if states.shared else states.of_rows(index) for states in self.before]
+
+
+def _choose_each(logits: torch.Tensor, sampling: Sampling, rows: Sequence[_Open]) -> list[int]:
+    """The next token of each row from logits [R, V]. The greedy ones come at once: a device is waited for only once."""
+    if sampling.temperature == 0:
+        found: list[int] = logits.argmax(dim=-1).tolist()
+        return found
+    return [choose(each, sampling, row.generator) for each, row in zip(logits, rows, strict=True)]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
