@@ -121,6 +121,7 @@ def sweeps(setting: Setting) -> Made:
             batch_size=more["batch"],
             epochs=more["epochs"],
             max_tokens=more["room"],
+            text_cache="memory",
         )
         return float(result.winner.score or 0.0), torch.tensor([len(result.trials)])
 

@@ -30,6 +30,7 @@ OURS: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 0.1,
     "validate_every": 31,
+    "text_cache": "memory",  # nothing of an earlier run
     "init_text": "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?",
 }
 PEFT = {"tokens": 20, "batch_size": 8, "epochs": 2, "learning_rate": PEFT_RATE}

@@ -54,6 +54,7 @@ def tuned(setting: Setting) -> Made:
         batch_size=more["batch"],
         epochs=more["epochs"],
         max_tokens=room,
+        text_cache="memory",  # nothing of an earlier run
     )
 
     def run() -> tuple[float, torch.Tensor]:
