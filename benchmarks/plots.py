@@ -21,7 +21,7 @@ STYLES = {
     "suffix": ("#009e73", "s", "behind the text, texts kept"),
     "deep-suffix": ("#cc79a7", "D", "deep, behind the text, texts kept"),
 }
-LABELS = {"tokens": "soft tokens", "batch": "rows a step", "length": "tokens of a row, without soft ones"}
+LABELS = {"tokens": "soft tokens", "batch": "rows a step", "length": "tokens a row, soft ones not counted"}
 
 
 def figure_of(found: Found, axis: str) -> Any:
@@ -31,8 +31,13 @@ def figure_of(found: Found, axis: str) -> Any:
         points = numbers(found["curves"][axis].get(name, {}))
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=label)
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     values = sorted({value for side in found["curves"][axis].values() for value, _ in numbers(side)})
     axes.set_xticks(values, [str(value) for value in values])
     axes.minorticks_off()
@@ -40,7 +45,7 @@ def figure_of(found: Found, axis: str) -> Any:
     held = ", ".join(f"{common[name]} {LABELS[name].split(',')[0]}" for name in LABELS if name != axis)
     axes.set_xlabel(f"{LABELS[axis]} ({held})")
     axes.set_ylabel("milliseconds a row")
-    axes.legend(fontsize=8, frameon=False)
+    named(figure)
     return figure
 
 
@@ -57,7 +62,8 @@ def trials_figure(found: Found) -> Any:
     axes.set_xlabel("trials of a sweep")
     axes.set_ylabel("seconds")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_xticks(sorted({int(count) for points in found["trials"].values() for count in points}))
+    named(figure)
     return figure
 
 
@@ -73,6 +79,11 @@ def blank() -> tuple[Any, Any]:
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def named(figure: Any) -> None:
+    """The names of the lines above the picture, where they hide nothing."""
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8, frameon=False)
 
 
 def as_svg(figure: Any) -> str:
