@@ -28,6 +28,7 @@ from cli_material import make_model, reviews, write_rows  # noqa: E402
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 BLOCK = re.compile(r"<!-- (runnable|file: \S+) -->\n```(\w+)\n(.*?)```", re.DOTALL)
+SECTIONS = ("sweep", "tasks", "temperature", "cap")  # of the configs of sweep and mix
 RUN = [name for name, page in zip(NAMES, PAGES, strict=True) if "<!-- runnable -->" in page.read_text("utf-8")]
 
 
@@ -84,7 +85,7 @@ def test_options_and_settings_that_are_named_exist(name: str) -> None:
         given = re.findall(r"\s([a-z_]+)=", line)
         assert set(given) - set(RunConfig.model_fields) == set(), line
     for yaml in re.findall(r"```yaml\n(.*?)```", read(name), re.DOTALL):
-        assert set(re.findall(r"^(\w+):", yaml, re.MULTILINE)) - {*RunConfig.model_fields, "sweep"} == set()
+        assert set(re.findall(r"^(\w+):", yaml, re.MULTILINE)) - {*RunConfig.model_fields, *SECTIONS} == set()
 
 
 def test_public_names_that_are_named_exist() -> None:
@@ -157,17 +158,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def write_tables(folder: Path) -> None:
-    """The tables that the pages suppose, about as short as they can be."""
-    write_csv(folder / "reviews.csv", reviews())
+    """The tables that the pages suppose, about as short as they can be without cross-validation (100 rows)."""
+    write_csv(folder / "reviews.csv", reviews(100))
     teams = ("billing", "support", "sales")
     tickets = [
         {"subject": f"s{i}", "text": f"{teams[i % 3]} {i}", "team": teams[i % 3], "customer": f"c{i // 2}"}
-        for i in range(42)
+        for i in range(102)
     ]
     write_csv(folder / "tickets.csv", tickets)
-    facts = [{"facts": f"name: The Vaults {i}", "text": f"The Vaults {i} is a place."} for i in range(20)]
+    facts = [{"facts": f"name: The Vaults {i}", "text": f"The Vaults {i} is a place."} for i in range(100)]
     write_rows(folder / "restaurants.jsonl", facts)
-    asked = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(20)]
+    asked = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(100)]
     write_rows(folder / "instructions.jsonl", asked)
 
 
@@ -209,7 +210,7 @@ def test_what_is_marked_runnable_runs(
         (folder / "report.html").write_text("<html></html>")
         return folder / "report.html"
 
-    monkeypatch.setattr(training, "write_run_report", no_figures)
+    monkeypatch.setattr(training, "_write_page", no_figures)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
     write_tables(tmp_path)

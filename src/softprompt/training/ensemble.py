@@ -23,10 +23,10 @@ from .config import TuneConfig
 from .few import CrossValidation, cross_validate, few_config, folds_of, run_to
 from .folder import prepare, record
 from .monitor import Listener
-from .run import finish, interruptible, prompt_of, settle
+from .run import interruptible, prompt_of, settle
 from .sweep import begin_all, sweep
 from .sweep_plan import SweepPlan
-from .sweep_trial import FINISHED
+from .sweep_trial import FINISHED, Trial
 
 FOLDER = "members"  # inside the prompt folder
 KEY = "ensemble"  # in the provenance of the prompt folder; without it what FOLDER holds is not looked at
@@ -141,11 +141,13 @@ def _tune_few(
     return EnsembleResult(prompts, 0, "finished", found.report, folder, seconds, found.steps * len(trials), facts)
 
 
-def _finished(trial: Any, found: CrossValidation) -> SoftPrompt:
-    result = finish(trial.run, FINISHED)
-    result.prompt.provenance["cross_validation"] = found.to_dict()
+def _finished(trial: Trial, found: CrossValidation) -> SoftPrompt:
+    """Its prompt, written into its folder as a sweep writes that of a trial."""
     trial.state = FINISHED
-    return result.prompt
+    trial.keep()
+    assert trial.prompt is not None
+    trial.prompt.provenance["cross_validation"] = found.to_dict()
+    return trial.prompt
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
