@@ -9,13 +9,16 @@ import os
 import random
 import re
 import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from softprompt.atomic import is_temporary, write_atomic
+from softprompt import atomic
+from softprompt.atomic import exchange, is_temporary, write_atomic
 from softprompt.errors import OutputError, PromptFormatError
 from softprompt.fileformat import check_output, is_prompt_folder, load_prompt, verify_prompt
 from softprompt.library import list_prompts
@@ -59,6 +62,12 @@ def edit(folder: Path, **changes: Any) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return make().save(tmp_path / "mood")
+
+
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that has renames only."""
+    monkeypatch.setattr(atomic, "_exchanging", lambda: None)
 
 
 # What is written comes back
@@ -424,7 +433,7 @@ def fail(number: int) -> Any:
 @pytest.mark.parametrize("call", ["write", "open", "fsync", "rename", "mkdir"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO, errno.EBUSY])
 def test_failed_save_leaves_the_old_prompt(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+    saved: Path, monkeypatch: pytest.MonkeyPatch, no_exchange: None, call: str, number: int
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail(number))
@@ -460,7 +469,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert verify_prompt(make().save(tmp_path / "p")) == []
 
 
-def test_second_rename_fails(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_rename_fails(saved: Path, no_exchange: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.rename
 
     def rename(source: Any, target: Any) -> None:
@@ -476,7 +485,7 @@ def test_second_rename_fails(saved: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert os.listdir(saved.parent) == ["mood"]
 
 
-def test_interrupted_between_the_renames(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_between_the_renames(saved: Path, no_exchange: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.rename
 
     def rename(source: Any, target: Any) -> None:
@@ -492,7 +501,7 @@ def test_interrupted_between_the_renames(saved: Path, monkeypatch: pytest.Monkey
     assert os.listdir(saved.parent) == ["mood"]
 
 
-def test_killed_between_the_renames(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_the_renames(saved: Path, no_exchange: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.rename
 
     def rename(source: Any, target: Any) -> None:
@@ -513,6 +522,59 @@ def test_killed_between_the_renames(saved: Path, monkeypatch: pytest.MonkeyPatch
     old = re.search("rename (.*) to it", str(told.value))
     assert old is not None
     assert load_prompt(old[1]).tokens == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="this system has renames only")
+def test_folders_change_places_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = make().save(tmp_path / "one"), make(vectors=vectors(5)).save(tmp_path / "two")
+    if not exchange(one, two):
+        pytest.skip("this file system has renames only")
+    assert (load_prompt(one).tokens, load_prompt(two).tokens) == (5, 3)
+    monkeypatch.setattr(os, "rename", fail(errno.EIO))  # not needed to replace a prompt
+    make(vectors=vectors(4)).save(two, overwrite=True)
+    assert load_prompt(two).tokens == 4
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+
+
+def test_what_cannot_be_exchanged_is_left_alone(tmp_path: Path) -> None:
+    one = make().save(tmp_path / "one")
+    assert not exchange(one, tmp_path / "not there")
+    assert not exchange(tmp_path / "not there", one)
+    assert os.listdir(tmp_path) == ["one"] and load_prompt(one).tokens == 3
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_around_the_exchange_the_name_is_there(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    if atomic._exchanging() is None:
+        pytest.skip("this system has renames only")
+
+    def killed(one: Path, two: Path) -> bool:
+        if moment == "after":
+            assert exchange(one, two)
+        os._exit(9)
+
+    monkeypatch.setattr(atomic, "exchange", killed)
+    child = os.fork()
+    if child == 0:
+        make(vectors=vectors(5)).save(saved, overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert load_prompt(saved).tokens == (3 if moment == "before" else 5)
+    assert verify_prompt(saved) == []
+    assert [prompt["name"] for prompt in list_prompts(saved.parent)] == ["mood"]
+
+
+def test_threads_that_examine_prompts_at_once_do_not_mix_their_remarks(tmp_path: Path) -> None:
+    folders = [make().save(tmp_path / f"p{i}") for i in range(4)]
+    for i, folder in enumerate(folders):
+        edit(folder, **{f"unknown{i}": 1})
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(verify_prompt, folders * 50))
+    assert all(len(lines) == 1 and f"unknown{i % 4}" in lines[0] for i, lines in enumerate(found))
+    with pytest.warns(UserWarning, match="unknown0"):  # outside it is a warning as before
+        load_prompt(folders[0])
 
 
 def test_what_can_be_known_before_tuning(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,16 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 from .errors import OutputError
 
 _TEMPORARY = re.compile(r"^\..*\.softprompt-[0-9a-f]{8}\.(new|old)$")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_RENAME_SWAP = 2  # sys/stdio.h of macOS
 
 
 def is_temporary(name: str) -> bool:
@@ -136,20 +140,58 @@ def _carry_over(old: Path, new: Path, without: set[str]) -> None:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put the folder `new` in the place of `target`, if there is one; if that fails `target` is as it was."""
+    """Put the folder `new` in the place of `target`, if there is one; if that fails `target` is as it was.
+
+    Where the system can, the two change places in one call (`new` is then the old folder), so that `target` is never
+    missing and a kill at any moment loses nothing. Elsewhere it takes two renames.
+    """
     if not target.exists():
         os.rename(new, target)
-    else:
-        old = temporary_sibling(target, "old")
-        try:
-            os.rename(target, old)
-            os.rename(new, target)
-        except BaseException:  # Ctrl-C too
-            if os.path.lexists(old) and not os.path.lexists(target):
-                os.rename(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+    elif not exchange(new, target):
+        _swap_by_renames(new, target)
     _sync_folder(target.parent)
+
+
+def _swap_by_renames(new: Path, target: Path) -> None:
+    old = temporary_sibling(target, "old")
+    try:
+        os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:  # Ctrl-C too
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Let two files or folders of one file system change places in one call of the system.
+
+    False, with nothing changed, where the system or the file system cannot (Windows, some network file systems), or
+    for any other reason that a rename tells of better.
+    """
+    call = _exchanging()
+    return call is not None and call(os.fsencode(one), os.fsencode(two)) == 0
+
+
+@cache
+def _exchanging() -> Callable[[bytes, bytes], int] | None:
+    """The function of the C library that exchanges two paths (0: done), if there is one."""
+    if not sys.platform.startswith(("linux", "darwin")):
+        return None
+    try:
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            swap = library.renamex_np
+            swap.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint]
+            return lambda one, two: int(swap(one, two, _RENAME_SWAP))
+        renameat2 = library.renameat2  # since glibc 2.28
+        renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    except (ImportError, OSError, AttributeError):
+        return None
+    return lambda one, two: int(renameat2(_AT_FDCWD, one, _AT_FDCWD, two, _RENAME_EXCHANGE))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import PromptFormatError, TemplateError
 from .prompt import SoftPrompt
+from .remarks import remark
 from .templates import Template
 
 PROMPT_FILE = "softprompt.json"
@@ -86,7 +86,7 @@ def check_description(described: dict[str, Any], where: Path) -> None:
         check_deep(described.get(DEEP), described["width"], where)
     unknown = sorted(set(described) - set(_KEYS) - ({DEEP} if described["kind"] == "deep" else set()))
     if unknown:
-        warnings.warn(f"{where} has unknown keys, which are ignored: {', '.join(unknown)[:200]}", stacklevel=2)
+        remark(f"{where} has unknown keys, which are ignored: {', '.join(unknown)[:200]}")
 
 
 def check_deep(shape: Any, width: int, where: Path) -> tuple[int, int]:

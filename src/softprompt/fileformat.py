@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from pathlib import Path
 
 from .atomic import leftovers, write_atomic, write_folder
@@ -33,6 +32,7 @@ from .peft_format import (
     read_adapter,
 )
 from .prompt import SoftPrompt, from_tokens
+from .remarks import remarks_collected
 from .templates import Template
 from .tensorfile import TENSOR_FILE, parse_tensor, read_bytes, read_json, tensor_bytes
 
@@ -130,15 +130,14 @@ def examine_prompt(folder: str | Path) -> tuple[SoftPrompt | None, list[str]]:
     """The prompt in `folder`, None if it cannot be read, and everything that is wrong with it. Never raises."""
     folder = Path(folder)
     prompt, problems = None, []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with remarks_collected() as remarks:
         try:
             prompt = load_prompt(folder)
             if os.path.isfile(folder / PROMPT_FILE):
                 problems += _peft_problems(prompt, folder)
         except PromptFormatError as error:
             problems.append(str(error))
-    return prompt, [*problems, *(str(warning.message) for warning in caught)]
+    return prompt, [*problems, *remarks]
 
 
 def is_prompt_folder(path: str | Path) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 from .description import PROMPT_FILE, plain
 from .errors import PromptFormatError
 from .prompt import SoftPrompt, from_tokens
+from .remarks import remark
 from .tensorfile import TENSOR_FILE, parse_tensor, read_bytes, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -198,10 +198,10 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
             "the prompt alone can be used"
         )
     if task is None:
-        warnings.warn(f"{where} names no task type: taken as the prompt of a causal model", stacklevel=2)
+        remark(f"{where} names no task type: taken as the prompt of a causal model")
     unknown = sorted(set(config) - _KNOWN[kind])
     if unknown:
-        warnings.warn(f"{where} has unknown keys, which are ignored: {', '.join(unknown)[:200]}", stacklevel=2)
+        remark(f"{where} has unknown keys, which are ignored: {', '.join(unknown)[:200]}")
 
 
 def _no_tensors(folder: Path) -> PromptFormatError:

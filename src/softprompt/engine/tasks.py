@@ -53,6 +53,11 @@ class Task:
             self.encoder.answers()  # raises now if the label words do not fit this tokenizer
 
     @property
+    def reference(self) -> str:
+        """name@version"""
+        return f"{self.name}@{self.version}"
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """The classes of a task with labels; () if it writes texts."""
         return self.encoder.template.classes if self.encoder is not None else ()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..atomic import original_name
+from ..atomic import leftovers, original_name
 from ..description import PROMPT_FILE
 from ..errors import PromptFormatError
 from ..fileformat import examine_prompt
@@ -202,7 +202,8 @@ class Reader:
                     return _with(made, *entry.problems)
             time.sleep(PAUSE)
         if not os.path.lexists(entry.path):
-            return None
+            aside = leftovers(entry.path)  # a save that needs longer than that between its two renames, or was killed
+            return _interrupted(self.root, name, aside[-1].name) if aside else None
         why = "it leads nowhere" if entry.path.is_symlink() else "it changes while it is read; try again"
         return _with(entry, f"cannot read {entry.path}: {why}")
 

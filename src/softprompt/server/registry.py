@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..backbone import Backbone
 from ..engine.tasks import Task
-from ..errors import SoftPromptError
+from ..errors import PromptFormatError, SoftPromptError
 from ..library import Entry, Library
 
 log = logging.getLogger("softprompt.server")
@@ -23,7 +23,8 @@ BASE = "base"
 @dataclass(frozen=True)
 class Registered:
     """tasks: by name and by name@version. skipped: prompts of the folder that cannot be used (their names), with why;
-    the reasons name paths, so they are for logs. problem: why the folder itself cannot be read."""
+    the reasons name paths, so they are for logs. One that was served before it broke is in both: it is served as it
+    was. problem: why the folder itself cannot be read."""
 
     tasks: dict[str, Task]
     skipped: dict[str, str]
@@ -50,7 +51,10 @@ class Registry:
         return sorted(self.now.tasks.items(), key=lambda item: (item[0] != BASE, item[0]))
 
     def refresh(self) -> Registered:
-        """Look at the folder, load what is new, and swap. What cannot be read any more is gone; nothing is mixed."""
+        """Look at the folder, load what is new, and swap; nothing is mixed.
+
+        Only what is gone from the folder, or is now for another model, is dropped.
+        """
         with self._lock:
             begun = time.perf_counter()
             scan = self.library.scan(self.backbone.fingerprint)
@@ -66,28 +70,40 @@ class Registry:
             return found
 
     def _load(self, entries: Iterable[Entry]) -> Registered:
-        known = {(task.name, task.version, task.sha256): task for task in self.now.tasks.values()}
-        tasks, skipped = {BASE: self.base}, {}
-        newest: dict[str, Task] = {}
+        known = {task.reference: task for task in self.now.tasks.values() if task.prompt is not None}
+        found: dict[str, Task] = {}
+        kept: dict[str, Task] = {}
+        skipped = {}
         for entry in entries:
-            if not entry.usable:
-                skipped[entry.reference] = entry.problems[0]
-                continue
-            task = known.get((entry.name, entry.version, entry.sha256))
+            name = entry.reference
             try:
-                task = task or Task(self.backbone, self.library.load(entry), entry.name, entry.version, entry.sha256)
+                found[name] = self._task(entry, known.get(name))
             except SoftPromptError as error:
-                skipped[entry.reference] = str(error)
-                continue
-            tasks[entry.reference] = task
-            if entry.name not in newest or newest[entry.name].version < task.version:
-                newest[entry.name] = task
-        return Registered(tasks | newest, skipped)
+                skipped[name] = str(error)
+                # It is there but cannot be read, now or any more: as it was is better than not at all.
+                if name in known and not self._is_for_another_model(entry):
+                    kept[name] = known[name]
+        found = kept | found
+        newest = {task.name: task for task in sorted(found.values(), key=lambda task: task.version)}
+        return Registered({BASE: self.base, **found, **newest}, skipped)
+
+    def _task(self, entry: Entry, before: Task | None) -> Task:
+        """The one that is served already if it is the same. Raises SoftPromptError."""
+        if not entry.usable:
+            raise PromptFormatError(entry.problems[0])
+        if before is not None and before.sha256 == entry.sha256:
+            return before
+        entry, prompt = self.library.take(entry.reference, self.backbone.fingerprint)
+        return Task(self.backbone, prompt, entry.name, entry.version, entry.sha256)
+
+    def _is_for_another_model(self, entry: Entry) -> bool:
+        return entry.summary.get("fingerprint") not in (None, "", self.backbone.fingerprint)
 
     def _tell(self, before: Registered, after: Registered) -> None:
         for name, why in after.skipped.items():
             if before.skipped.get(name) != why:
-                log.warning("prompt %s is not served: %s", name, why)
+                now = "is served as it was before" if name in after.tasks else "is not served"
+                log.warning("prompt %s %s: %s", name, now, why)
         for name, task in after.tasks.items():
             old = before.tasks.get(name)
             if old is None or old.sha256 != task.sha256:
