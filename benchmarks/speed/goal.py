@@ -186,9 +186,9 @@ def _accuracy(model: Any, rows: Sequence[Any], words: Sequence[int], setting: Se
 
 
 def goal_figures(args: argparse.Namespace, folder: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Both sides, one after the other: ours for up to twice the time that PEFT is given."""
-    chosen = {**OURS, **settings(args.set), "limit": 2 * args.limit}
-    say(f"goal: accuracy {GOAL} on {VALIDATION} validation reviews, ours, for at most {2 * args.limit:.0f} s ...")
+    """Both sides, one after the other, each until it is there or its time is up."""
+    chosen = {**OURS, **settings(args.set), "limit": args.limit}
+    say(f"goal: accuracy {GOAL} on {VALIDATION} validation reviews, ours, for at most {args.limit:.0f} s ...")
     bare = Setting(folder, args.precision, args.device, int(chosen["tokens"]), args.threads, (), more=chosen)
     mine, _ = alone(ours, bare, [0])
     say(f"goal: {brief(mine[0].array)}; now PEFT with its Trainer, for at most {args.limit:.0f} s ...")
