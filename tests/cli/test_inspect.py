@@ -94,6 +94,9 @@ def test_inspect_goes_on_without_a_model(cli: Cli, prompt: str, tmp_path: Path) 
 def test_inspect_wrong_use(cli: Cli, prompt: str, tmp_path: Path) -> None:
     assert cli("inspect", prompt, "--changes", "everything").code == 2
     assert cli("inspect", prompt, prompt).code == 2
+    assert cli("inspect", prompt, "--run", tmp_path / "nowhere").code == 2
+    lost = cli("inspect", prompt, "--data", tmp_path / "none.csv", "--model", tmp_path / "gone")
+    assert lost.code == 1 and "none.csv" in lost.err  # found before the model is loaded
     assert cli("inspect", tmp_path).code == 1
     assert cli("inspect", prompt, "--data", "x", "--split", "some").code == 2
 
@@ -150,9 +153,10 @@ def test_diff(cli: Cli, library: Path, data: str) -> None:
 
 def test_prune(cli: Cli, prompt: str, data: str, tmp_path: Path) -> None:
     arguments = ("--lengths", "3,1", "--steps", 2, "--out", "shorter", *FLOAT)
-    called = cli("prune", prompt, data, *arguments)
+    called = cli("prune", prompt, data, "--picture", "p/lengths.svg", *arguments)
     assert called.code == 0, called.err
     assert "against the whole" in called.out and "on 10 test rows" in called.out
+    assert "tuned again" in Path("p/lengths.svg").read_text("utf-8")
     kept = SoftPrompt.load("shorter")
     assert f"prompt of {kept.tokens} tokens saved in shorter" in called.out
     assert cli("prune", prompt, data, *arguments).code == 1  # it is there already

@@ -54,7 +54,10 @@ def inspect(
     wanted = _changes(changes)
     if run is not None and len(prompts) > 1:
         raise ConfigError("run: belongs to one prompt; inspect that one alone")
+    if run is not None and not run.is_dir():
+        raise ConfigError(f"run: no folder {run}; expected the run folder of the prompt")
     loaded = load_prompts(prompts)
+    samples = {name: rows_of(out, data, split, one, format) for name, one in loaded.items()} if data is not None else {}
     backbone, why = None, "not asked for"
     if not no_model:
         backbone, why = _model(out, loaded, model, precision, device, threads, needed=data is not None)
@@ -62,12 +65,11 @@ def inspect(
 
     found = []
     for name, prompt in loaded.items():
-        sample = rows_of(out, data, split, prompt, format) if data is not None else None
         with stages(out) as stage:
             each = look(
                 prompt,
                 backbone,
-                sample,
+                samples.get(name),
                 run=run,
                 name=name,
                 neighbours=neighbours,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ def prune(
     data: Annotated[str, typer.Argument(help="Table of rows, divided as when tuning.")],
     save: Annotated[str | None, typer.Option("--out", help="Folder for the shorter prompt.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a prompt that is there.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write loss against length to this SVG file.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Numbers of tokens to try, as 10,5; default: parts of P.")] = None,
     steps: Annotated[int, typer.Option(min=0, help="Steps of tuning again at each length.")] = 50,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Of these; default: half of the usual.")] = None,
@@ -68,6 +70,12 @@ def prune(
             progress=stage,
         )
     _show(out, found, whole.tokens)
+    if picture is not None:
+        from ..atomic import write_atomic
+        from ..inspection.pictures import as_file
+
+        write_atomic(picture, as_file(found.picture()))
+        out.show(f"picture {picture}")
     if save is not None:
         found.prompt.save(save, overwrite=overwrite)
         out.show(f"prompt of {found.chosen} tokens saved in {save}")

@@ -73,7 +73,11 @@ def _of_task(words: Vocabulary) -> list[tuple[str, str]]:
         some = ", ".join(f"“{word}” ({_tokens(tokens)})" for word, tokens in list(words.frequent.items())[:8])
         said.append(("Does it know the texts?", f"Frequent words of the task's texts nearby: {some}."))
     if words.repeated:
-        most = ", ".join(f"“{word.strip()}” ({len(tokens)} tokens)" for word, tokens in words.repeated[:6])
+        places: dict[str, set[int]] = {}  # with and without a space before it, a word is one word to a reader
+        for word, tokens in words.repeated:
+            places.setdefault(word.strip(), set()).update(tokens)
+        ranked = sorted(places.items(), key=lambda pair: -len(pair[1]))[:6]
+        most = ", ".join(f"“{word}” ({len(tokens)} tokens)" for word, tokens in ranked)
         said.append(("Do several tokens stand near the same word?", f"Words near more than one token: {most}."))
     return said
 
@@ -84,11 +88,12 @@ def _of_importance(found: Inspection) -> list[tuple[str, str]]:
     costs, errors = found.importance.of_token, found.importance.errors
     clear = [i for i, (cost, error) in enumerate(zip(costs, errors)) if cost > 2 * error]
     top = max(range(len(costs)), key=costs.__getitem__)
+    rows = len(found.importance.whole.losses)
     said = [
         (
             "Which tokens matter?",
             f"Leaving a token out makes the loss clearly higher for {len(clear)} of {len(costs)} tokens; most for "
-            f"token {top} ({costs[top]:+.3f} ± {2 * errors[top]:.3f} nats a row, on {len(found.importance.whole.losses)} rows).",
+            f"token {top} ({costs[top]:+.3f} ± {2 * errors[top]:.3f} nats a row, on {rows} rows).",
         )
     ]
     if found.importance.whole.choices is not None:

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..prompt import SoftPrompt
 from .importance import Importance, importance
 from .measuring import Paired, RowScores, paired, row_scores, without
+from .plots import Figure
 
 Stage = Callable[[str, int, int], None]
 
@@ -66,6 +67,22 @@ class Pruned:
     lengths: list[Length]
     chosen: int
     test: tuple[RowScores, RowScores, Paired] | None = None
+
+    def picture(self) -> Figure:
+        """The loss against the length, at once and after tuning again."""
+        from .pictures import length_curve
+
+        what = "loss" if self.whole.choices is None else "loss among the labels"
+        whole = (len(self.order), self.whole.main_loss)
+        cut = [whole, *((each.tokens, each.cut.main_loss) for each in self.lengths)]
+        tuned = [(each.tokens, each.tuned.main_loss) for each in self.lengths if each.tuned]
+        lines: dict[str, tuple[list[int], list[float], None]] = {
+            name: ([x for x, _ in points], [y for _, y in points], None)
+            for name, points in (("at once", cut), ("tuned again", tuned))
+        }
+        drawn = length_curve("lengths", lines, "soft tokens kept", what, "")
+        assert drawn is not None
+        return drawn
 
     def to_dict(self) -> dict[str, Any]:
         test = self.test
