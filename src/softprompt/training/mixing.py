@@ -17,16 +17,15 @@ from typing import Any
 import torch
 
 from ..atomic import write_atomic
-from ..attention import StateCache
 from ..backbone import Backbone
 from ..computation import keep_texts
 from ..data import Split, Task
 from ..errors import ConfigError, DataError
 from ..evaluation.runner import Report, evaluate_prompt
 from ..initialisers import instruction
-from ..machine import text_bytes
 from ..placement import Row, shared_length
 from ..prompt import SoftPrompt
+from ..text_store.store import open_texts
 from .config import TuneConfig
 from .loop import Validation, planned_steps
 from .mixing_plan import CAP, TEMPERATURE, unmixable
@@ -163,7 +162,7 @@ class Mixture:
         count = sum(min(size, self.cap) for size in self.sizes.values())
         self.steps, self.batch_size = planned_steps(self.config, count), min(self.config.batch_size, count)
         self.cut: dict[str, int] = {}
-        self.texts = StateCache(text_bytes())
+        self.texts = open_texts(self.backbone, self.config)
 
     def rows(self) -> tuple[list[Row], int]:
         """The rows of the whole run, and how many of the tables' rows had to be cut to fit."""
