@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import performance_page
@@ -30,12 +31,12 @@ BENCHMARKS = {
 NOT_QUICK = {"--goal"}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="a part of each; nothing is kept")
     parser.add_argument("--threads", type=int, help="threads of each side; default: all cores")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     unknown = set(args.names) - set(BENCHMARKS)
     if unknown:
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; expected {', '.join(BENCHMARKS)}")

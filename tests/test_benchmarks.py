@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests" / "cli")]
+import all as all_benchmarks  # noqa: E402
 import cost_curves  # noqa: E402
 import inference_speed  # noqa: E402
 import performance_page  # noqa: E402
@@ -216,6 +218,27 @@ def test_the_page_is_filled_and_says_what_is_missing(tmp_path: Path) -> None:
     assert "Not measured yet: `python benchmarks/all.py train_speed`" in text
     performance_page.fill(page, tmp_path, tmp_path / "pictures")
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_all_benchmarks_run_though_one_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called, filled = [], []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        called.append(command)
+        return SimpleNamespace(returncode=int("suffix_speed.py" in command[1]))
+
+    monkeypatch.setattr(all_benchmarks.subprocess, "run", run)
+    monkeypatch.setattr(performance_page, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(performance_page, "fill", lambda: filled.append(True))
+    assert all_benchmarks.main([]) == 1
+    assert [Path(command[1]).stem for command in called] == list(all_benchmarks.BENCHMARKS)
+    assert all(Path(command[1]).is_file() for command in called) and filled == [True]
+    assert "--goal" in called[1] and str(tmp_path / "results" / "suffix_speed.json") in called[1]
+    assert all_benchmarks.main(["--quick", "suffix_speed", "--threads", "1"]) == 1
+    assert "--goal" not in called[-1] and {"--quick", "--threads", "1"} <= set(called[-1])
+    assert len(called) == 5 and filled == [True]
+    with pytest.raises(SystemExit):
+        all_benchmarks.main(["nothing"])
 
 
 def test_pictures_are_the_same_for_the_same_figures(tmp_path: Path) -> None:
