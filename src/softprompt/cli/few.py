@@ -12,12 +12,15 @@ from .sweep import SweepProgress
 if TYPE_CHECKING:
     from ..data import Task
 
+OF_ONE_FOLD = ("validation", "warning")  # whose rows are too few to speak of
 
-def few_task(config: RunConfig) -> Task | None:
-    """The task with all rows of its one table for training, where these are few and nothing says otherwise; else None.
 
-    Nothing says otherwise: no validation file, shares as they are by default, `folds` not 0. Where `folds` asks for
-    cross-validation the validation share goes to training, however many rows there are.
+def few_task(config: RunConfig, task: Task) -> Task | None:
+    """`task`, loaded by the config, with its validation rows for training and folds, where that is to be done.
+
+    That is where nothing says otherwise (no validation file, shares as they are by default, `folds` not 0) and its one
+    table has few rows; these are then all trained on. Where `folds` asks for it, with however many rows; the test share
+    of a larger table stays apart.
     """
     from ..data import Task
     from ..training.few import FEW, folds_of
@@ -25,17 +28,15 @@ def few_task(config: RunConfig) -> Task | None:
     usual = tuple(config.shares) == RunConfig.model_fields["shares"].default
     if config.validation is not None or not usual or config.folds == 0 or config.auto:
         return None
-    options = {**config.task_options(), "limit": None}
-    whole = Task.load(**{**options, "shares": (1.0, 0.0, 0.0)})
-    few = len(whole.train) < FEW
+    carved = (task.train, task.validation) if config.test else (task.train, task.validation, task.test)
+    # With `limit` the table has more rows than were taken.
+    few = sum(map(len, carved)) < FEW and config.limit is None
     if not few and not config.folds:
         return None
-    if few or config.test is not None:
-        shares = (1.0, 0.0, 0.0)
-    else:
-        shares = (config.shares[0] + config.shares[1], 0.0, config.shares[2])
-    task = Task.load(**{**config.task_options(), "shares": shares})
-    return task if folds_of(task, config.tuning()) else None
+    first, second, third = config.shares
+    shares = (1.0, 0.0, 0.0) if few or config.test else (first + second, 0.0, third)
+    whole = Task.load(**{**config.task_options(), "shares": shares})
+    return whole if folds_of(whole, config.tuning()) else None
 
 
 class FewProgress:
@@ -45,6 +46,7 @@ class FewProgress:
         self.out = out
         self.whole = TuneProgress(out, resumed)
         self.folds = SweepProgress(out)
+        self.folding = False
 
     def __enter__(self) -> FewProgress:
         return self
@@ -58,11 +60,13 @@ class FewProgress:
         if handler is not None:
             handler(event)
         elif "trial" in event:
-            self.folds(event)
+            if not (self.folding and event["event"] in OF_ONE_FOLD):
+                self.folds(event)
         else:
             self.whole(event)
 
     def _on_folds(self, event: dict[str, Any]) -> None:
+        self.folding = True
         self.out.note(
             f"{event['rows']} training rows and none for validation: the number of steps is found by cross-validation "
             f"in {event['folds']} folds, then all rows are tuned on (--folds 0 turns this off)"
@@ -70,19 +74,11 @@ class FewProgress:
         names = [{"trial": str(number), "settings": {}} for number in range(1, event["folds"] + 1)]
         self.folds({"event": "sweep", "trials": names, "steps": event["folds"] * event["steps"], "done": 0})
 
-    def _on_validation(self, event: dict[str, Any]) -> None:
-        """One fold's rows are too few to show."""
-        if "trial" not in event:
-            self.whole(event)
-
-    def _on_warning(self, event: dict[str, Any]) -> None:
-        if "trial" not in event:
-            self.whole(event)
-
     def _on_fold_mean(self, event: dict[str, Any]) -> None:
         self.out.note(f"step {event['step']}, mean of folds: score {event['score']:.3f}, loss {event['loss']:.3f}")
 
     def _on_cross_validation(self, event: dict[str, Any]) -> None:
+        self.folding = False
         self.folds.__exit__()
         self.out.note(in_words(event))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -37,7 +38,7 @@ def _tune(
     config = load_config(*split_settings(settings or []), flags)
     from .few import FewProgress, few_task  # which use parts of this file
 
-    task = load_task(output, config, few_task(config))
+    task = load_task(output, config, few_task)
     backbone = load_tuned_backbone(output, config)
     tried = None
     if config.auto:
@@ -73,11 +74,14 @@ def how_to_go_on(config: RunConfig) -> str:
     return f"go on with: softprompt tune --resume {config.run}"
 
 
-def load_task(out: Output, config: RunConfig, few: Task | None = None) -> Task:
-    """The rows of the config, or `few` where they have been read already for cross-validation; and what is to tell."""
+def load_task(
+    out: Output, config: RunConfig, instead: Callable[[RunConfig, Task], Task | None] = lambda config, task: None
+) -> Task:
+    """The rows of the config. instead: may give another division of them."""
     from ..data import Task
 
-    task = few or Task.load(**config.task_options())
+    task = Task.load(**config.task_options())
+    task = instead(config, task) or task
     counts = ", ".join(f"{len(split):,} {split.name}" for split in (task.train, task.validation, task.test))
     classes = f"; classes {', '.join(task.template.classes[:8])}" if task.template.classes else "; free text"
     more = f" and {len(task.template.classes) - 8} more" if len(task.template.classes) > 8 else ""
