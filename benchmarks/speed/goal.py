@@ -19,21 +19,21 @@ from .sides import Made, Setting, load_ours, right_padded
 from .suffix_sides import BEHIND, FRONT, PEFT_RATE, template_of
 
 GOAL = 0.83
-TRAIN, VALIDATION = 2000, 300
+TRAIN, VALIDATION = 1000, 300
 # Settings of `softprompt.tune` for the goal; --set changes them.
 OURS: dict[str, Any] = {
     "input": BEHIND,
     "kind": "deep",
     "tokens": 20,
     "train": TRAIN,
-    "epochs": 2,
+    "epochs": 3,
     "batch_size": 32,
     "learning_rate": 0.1,
-    "validate_every": 31,
+    "validate_every": 16,
     "text_cache": "memory",  # nothing of an earlier run
     "init_text": "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?",
 }
-PEFT = {"tokens": 20, "batch_size": 8, "epochs": 2, "learning_rate": PEFT_RATE}
+PEFT = {"tokens": 20, "batch_size": 8, "epochs": 3, "learning_rate": PEFT_RATE}
 
 
 class Enough(Exception):
@@ -95,7 +95,7 @@ def ours(setting: Setting) -> Made:
             watch(event)
 
         with contextlib.suppress(Enough):
-            sp.tune(backbone, task, listen=listen, validation_rows=VALIDATION, **more)
+            sp.tune(backbone, task, listen=listen, validation_rows=VALIDATION, text_cache="memory", **more)
         told = watch.told(steps[0], steps[0] * int(more["batch_size"]))
         return 0.0, {**told, "texts_s": round(watch.texts, 1)}
 
