@@ -69,6 +69,9 @@ class TuneProgress:
             self.out.note(f"texts computed once and kept: {done:,} of {rows:,}")
         self._end_texts(done == rows)
 
+    def _on_note(self, event: dict[str, Any]) -> None:
+        self.out.note(event["text"])
+
     def _end_texts(self, ended: bool = True) -> None:
         """The time that texts take is no part of what a step takes."""
         if ended:

@@ -100,7 +100,8 @@ class Soft:
     def fit(self, job: Job, learning_rate: float | None, folder: Path) -> Trained:
         from ..training.run import tune
 
-        given: dict[str, Any] = {"folds": 0, **job.settings, "kind": self.kind}
+        # What an earlier run has computed would be no fair start.
+        given: dict[str, Any] = {"folds": 0, "text_cache": "memory", **job.settings, "kind": self.kind}
         if learning_rate:
             given["learning_rate"] = learning_rate
         config = job.tune_config(**given)

@@ -31,10 +31,10 @@ SLOW = 0.5  # auto: a disk that takes more than this share of the time that comp
 Say = Callable[[str], None]
 
 
-def open_texts(backbone: Backbone, config: TuneConfig, say: Say = log.warning) -> TextStore:
+def open_texts(backbone: Backbone, config: TuneConfig, say: Say = log.warning, tell: Say = log.info) -> TextStore:
     """Where the texts of a run are kept, as its config has it. Nothing is looked for on disk before it is needed.
 
-    say: called with a line when the disk cannot be used, or what it holds cannot.
+    say: called with a line when the disk cannot be used, or what it holds cannot. tell: when something was written.
     """
     return TextStore(
         backbone,
@@ -42,6 +42,7 @@ def open_texts(backbone: Backbone, config: TuneConfig, say: Say = log.warning) -
         bits=config.text_cache_bits,
         gigabytes=config.text_cache_gb,
         say=say,
+        tell=tell,
     )
 
 
@@ -64,10 +65,11 @@ class TextStore(StateCache):
         max_bytes: int | None = None,
         root: Path | None = None,
         say: Say = log.warning,
+        tell: Say = log.info,
     ):
         super().__init__(text_bytes() if max_bytes is None else max_bytes)
         self.backbone, self.mode, self.bits, self.gigabytes, self.say = backbone, mode, bits, gigabytes, say
-        self.root = root
+        self.root, self.tell = root, tell
         self._shards: Shards | None = None
         self._looked = False
         self._said: set[str] = set()
@@ -75,6 +77,7 @@ class TextStore(StateCache):
         self._writing = self._must = self._lost = False
         self._planned = self._put = 0  # bytes
         self._begun = self._wrote = 0.0  # when, and seconds
+        self._written = 0  # bytes
         self._pending: dict[Hashable, States] = {}
         self._pending_bytes = 0
 
@@ -172,6 +175,12 @@ class TextStore(StateCache):
         if self._pending:
             self._write()
         self._writing = False
+        if self._written and self.shards is not None:
+            self.tell(
+                f"{_gb(self._written)} of texts kept on disk for later runs, in {self.shards.folder} "
+                "(`softprompt cache clear` removes them, text_cache=memory writes none)"
+            )
+            self._written = 0
         return not self._lost
 
     def _write(self) -> None:
@@ -184,6 +193,7 @@ class TextStore(StateCache):
             begun = time.perf_counter()
             try:
                 self.shards.write([_entry(key, coded) for key, coded in self._pending.items()])
+                self._written += self._pending_bytes
             except OutputError as error:
                 self._stop(f"{error}; going on without it")
                 self._lost = not all(StateCache.__contains__(self, key) for key in self._pending)

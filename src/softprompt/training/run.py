@@ -150,7 +150,12 @@ def begin(
     initial, note = _initial(backbone, task, config, checkpoint)
     monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
     if texts is None:
-        texts = open_texts(backbone, config, say=lambda text: monitor.warn_once(0, text, text))
+        texts = open_texts(
+            backbone,
+            config,
+            say=lambda text: monitor.warn_once(0, text, text),
+            tell=lambda text: monitor.tell("note", 0, text=text),
+        )
     trainer = Trainer(
         backbone,
         rows,
@@ -313,6 +318,7 @@ def finish(
     trainer, task, config, folder = run.trainer, run.task, run.config, run.folder
     prompt = prompt_of(run, reason)
     page = None
+    scored = "validation" if validation is None else "cross-validation"
     if validation is not None:
         prompt.metrics["validation"] = validation.to_dict(brief=True)
     elif reason != "interrupted" and len(task.validation):
@@ -323,8 +329,9 @@ def finish(
             validation = evaluate_prompt(run.backbone, split, prompt.vectors, max_tokens=config.max_tokens)
         prompt.metrics["validation"] = validation.to_dict(brief=True)
     if folder and reason != "interrupted":
+        events = run.monitor.events
         page = _write_page(
-            folder, run.backbone, prompt, trainer.initial, run.monitor.events, run.recorded, validation, baselines
+            folder, run.backbone, prompt, trainer.initial, events, run.recorded, validation, baselines, scored
         )
         summary = {"reason": reason, "steps": trainer.step, "best_step": trainer.best_step, "seconds": trainer.seconds}
         summary["validation"] = prompt.metrics.get("validation")
