@@ -115,9 +115,7 @@ def _tasks(found: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
         problems.append(f"tasks: must be settings by name, as sst2: {{train: ..., input: ...}}, found {found!r:.80}")
         return {}
     if len(found) < 2:
-        problems.append(
-            f"tasks: a mixture has at least two, found {len(found)}; tune a single one with tune"
-        )
+        problems.append(f"tasks: a mixture has at least two, found {len(found)}; tune a single one with tune")
     tasks = {}
     for name, given in found.items():
         wrong = [key for key in given if key not in OWN]
