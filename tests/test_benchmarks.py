@@ -182,6 +182,22 @@ def test_the_goal_ends_the_run_when_it_is_reached_or_time_is_up() -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore")  # the Trainer's own, about threads and pinned memory
+@pytest.mark.parametrize("side", ["ours", "peft"])
+def test_both_sides_of_the_goal_are_scored_until_their_time_is_up(
+    setting: Setting, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(goal, "TRAIN", 16)
+    monkeypatch.setattr(goal, "VALIDATION", 8)
+    monkeypatch.setattr(goal, "GOAL", 2.0)
+    more = {**goal.OURS, "tokens": 2, "train": 16, "epochs": 1, "batch_size": 4, "validate_every": 2, "limit": 60.0}
+    _, run, _ = getattr(goal, side)(replace(setting, more=more))
+    told = run(0)[1]
+    assert told["steps"] == (4 if side == "ours" else 6) and told["reached_after_s"] is None
+    assert told["rows_seen"] == told["steps"] * (4 if side == "ours" else 8)
+    assert 0 <= told["best_accuracy"] <= 1 and told["validations"][-1]["step"] == told["steps"]
+
+
 def test_peft_is_scored_by_the_label_words_tokens(setting: Setting) -> None:
     """The goal's accuracy of PEFT's model is that of its own logits, row by row."""
     from speed.sides import peft_prompt_model

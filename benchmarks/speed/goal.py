@@ -95,7 +95,7 @@ def ours(setting: Setting) -> Made:
             watch(event)
 
         with contextlib.suppress(Enough):
-            sp.tune(backbone, task, listen=listen, validation_rows=VALIDATION, text_cache="memory", **more)
+            sp.tune(backbone, task, listen=listen, validation_rows=VALIDATION, **more)
         told = watch.told(steps[0], steps[0] * int(more["batch_size"]))
         return 0.0, {**told, "texts_s": round(watch.texts, 1)}
 
