@@ -96,7 +96,7 @@ def serving(
                 yield SimpleNamespace(url=url, service=service, server=server, client=client, thread=thread)
             finally:
                 server.should_exit = True
-                thread.join(30)
+                thread.join(120)
                 assert not thread.is_alive()
 
 

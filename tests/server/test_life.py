@@ -81,8 +81,10 @@ def test_a_client_that_leaves_ends_its_work_in_every_phase(backbone, library):
 
         async def leave(client, number):
             body = {**LONG, "stream": number % 2 == 0, "n": 1 + number % 3}
+            # Every fourth leaves with the first bytes of its answer, the others after a while, wherever they are then.
+            patience = 60 if number % 4 == 0 else 0.02 * (number % 9 + 1)
             with suppress(httpx.TimeoutException):
-                async with client.stream("POST", "/v1/completions", json=body, timeout=0.02 * (number % 9 + 1)) as got:
+                async with client.stream("POST", "/v1/completions", json=body, timeout=patience) as got:
                     async for _ in got.aiter_bytes():
                         if number % 4 == 0:
                             return
@@ -179,8 +181,14 @@ def test_replaced_in_a_loop_under_load_every_answer_is_old_or_new(backbone, tmp_
             return (text, got["choices"][0]["text"]), got["system_fingerprint"]
 
         async def ask_all():
+            found, versions = [], set()
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-                return [each for _ in range(12) for each in await asyncio.gather(*(ask(client, t) for t in texts))]
+                for number in range(500):
+                    found += await asyncio.gather(*(ask(client, text) for text in texts))
+                    versions |= {version for _, version in found}
+                    if number >= 11 and len(versions) == 2:  # a slow machine needs longer to see both
+                        break
+            return found
 
         try:
             found = asyncio.run(ask_all())
@@ -218,8 +226,7 @@ def test_more_than_can_wait_is_refused_and_tried_again(backbone, library):
 
         async def overload():
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-                body = {**LONG, "max_tokens": 30}
-                return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(40)))
+                return await asyncio.gather(*(client.post("/v1/completions", json=LONG) for _ in range(40)))
 
         answers = asyncio.run(overload())
         codes = [answer.status_code for answer in answers]
@@ -270,7 +277,10 @@ def test_what_was_begun_is_finished_and_nothing_new_is_taken(backbone, library):
             lines = got.iter_lines()
             next(lines)
             server.server.handle_exit(signal.SIGTERM, None)
-            with suppress(httpx.ConnectError), httpx.Client(base_url=server.url) as other:  # or it has all ended
+            with (
+                suppress(httpx.TransportError),
+                httpx.Client(base_url=server.url, timeout=60) as other,
+            ):  # or it has ended
                 answer = other.post("/v1/completions", json=LONG)
                 assert answer.status_code == 503 and answer.headers["retry-after"]
                 assert answer.json()["error"]["code"] == "draining"
@@ -309,8 +319,9 @@ def test_the_command_is_killed_started_again_and_ends_in_peace(tmp_path):
             found = client.post("/v1/completions", json={**LONG, "max_tokens": 9})
             answers.append(found.json()["choices"][0]["text"])
         process.send_signal(ending)
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=300)
         assert process.returncode == (-signal.SIGKILL if ending == signal.SIGKILL else 0), log
-        assert "POST /v1/completions 200" in log and "a long text" not in log
+        assert "a long text" not in log
+        assert ending == signal.SIGKILL or "POST /v1/completions 200" in log  # the line comes after the answer
     assert answers[0] == answers[1]
     assert before == {p: p.read_bytes() for p in (tmp_path / "prompts").rglob("*") if p.is_file()}
