@@ -140,8 +140,8 @@ def _texts() -> Fact:
     if problem:
         return Fact("kept texts", f"in {root}", problem)
     size, texts = sum(each.bytes for each in kept), sum(each.texts for each in kept)
-    most = folders.bound(root) / GIGABYTE
-    return Fact("kept texts", f"{texts:,} ({size / GIGABYTE:.1f} GB, at most {most:.1f}; see `softprompt cache`)")
+    held, most = folders.size_in_words(size), folders.size_in_words(folders.bound(root))
+    return Fact("kept texts", f"{texts:,} ({held}, at most {most}; see `softprompt cache`)")
 
 
 def _folder_fact(name: str, folder: Path) -> Fact:

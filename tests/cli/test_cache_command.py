@@ -42,7 +42,7 @@ def test_tune_keeps_texts_and_cache_shows_and_clears_them(cli, model_folder, pla
     called = cli(*tune, "--precision", "float32", "--text-cache", "disk", "--out", "p", "--run", "r", "--overwrite")
     assert called.code == 0, called.err
     assert "texts computed once and kept" in called.err
-    assert "GB of texts kept on disk for later runs" in called.err and "softprompt cache clear" in called.err
+    assert "MB of texts kept on disk for later runs" in called.err and "softprompt cache clear" in called.err
     shown = cli("cache", "--json").json
     (kept,) = shown["models"]
     assert kept["model"] == model_folder and kept["precision"] == "float32" and kept["bits"] is None

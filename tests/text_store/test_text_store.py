@@ -366,7 +366,7 @@ def test_what_does_not_fit_anywhere_is_not_computed_and_told_once(make_store, ba
     for _ in range(2):
         assert not keep_texts(backbone, ROWS, START, texts)
     assert not computed and len(said) == 1
-    assert "do not fit into memory (0 GB) or on disk (1e-06 GB)" in said[0] and "text_cache_bits=8" in said[0]
+    assert "do not fit into memory (0.0 MB) or on disk (0.0 MB)" in said[0] and "text_cache_bits=8" in said[0]
 
 
 def test_a_folder_that_cannot_be_read_is_told_and_memory_used(make_store, backbone, monkeypatch, said):

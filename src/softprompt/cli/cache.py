@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..text_store.folders import Kept
 
 ACTIONS = ("show", "clear")
-MEGABYTE = 1e6
 
 
 @command
@@ -44,8 +43,8 @@ def cache(
     total = sum(each.bytes for each in kept)
     most = _bound()
     _show(out, kept)
-    about = "" if most is None else f"; without text_cache_gb at most {_size(most)} of all models"
-    out.show(f"{root}: {_size(total)}{about}" if kept else f"no texts are kept in {root}")
+    about = "" if most is None else f"; without text_cache_gb at most {folders.size_in_words(most)} of all models"
+    out.show(f"{root}: {folders.size_in_words(total)}{about}" if kept else f"no texts are kept in {root}")
     out.document({"folder": str(root), "bytes": total, "most": most, "models": [each.to_dict() for each in kept]})
 
 
@@ -59,13 +58,22 @@ def _bound() -> int | None:
 
 
 def _show(out: Output, kept: list[Kept]) -> None:
+    from ..text_store import folders
     from .scores import table
 
     shown = table("model", "precision", "device", "texts", "size", "last used", "fingerprint")
     for each in kept:
         precision = f"{each.precision}, 8 bits" if each.bits else each.precision
         used = "" if each.used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(each.used))
-        shown.add_row(each.model, precision, each.device, f"{each.texts:,}", _size(each.bytes), used, each.fingerprint)
+        shown.add_row(
+            each.model,
+            precision,
+            each.device,
+            f"{each.texts:,}",
+            folders.size_in_words(each.bytes),
+            used,
+            each.fingerprint,
+        )
     if kept:
         out.show(shown)
     for each in kept:
@@ -93,9 +101,5 @@ def _clear(out: Output, kept: list[Kept]) -> None:
     except OSError as error:
         raise OutputError(f"cannot remove {error.filename}: {error.strerror or error}") from error
     texts = sum(each.texts for each in kept)
-    out.show(f"removed {texts:,} texts, {_size(freed)}" if kept else "there was nothing to remove")
+    out.show(f"removed {texts:,} texts, {folders.size_in_words(freed)}" if kept else "there was nothing to remove")
     out.document({"removed": [str(each.folder) for each in kept], "texts": texts, "bytes": freed})
-
-
-def _size(count: int) -> str:
-    return f"{count / MEGABYTE / 1000:,.1f} GB" if count >= 1000 * MEGABYTE else f"{count / MEGABYTE:,.1f} MB"

@@ -62,6 +62,11 @@ class Kept:
         return {**vars(self), "folder": str(self.folder), "used": used}
 
 
+def size_in_words(count: int) -> str:
+    """Bytes as '1.2 GB', below one GB as '34.5 MB'."""
+    return f"{count / GIGABYTE:,.1f} GB" if count >= GIGABYTE else f"{1000 * count / GIGABYTE:,.1f} MB"
+
+
 def texts_folder() -> Path:
     """Where texts are kept: `texts` in softprompt's cache folder ($SOFTPROMPT_CACHE or ~/.cache/softprompt)."""
     return cache_folder() / "texts"

@@ -16,6 +16,7 @@ from ..errors import BackboneError, OutputError
 from ..machine import text_bytes
 from . import folders
 from .eight_bit import decode, encode, packed
+from .folders import size_in_words
 from .shards import Ids, Shards, owner_of
 
 if TYPE_CHECKING:
@@ -150,13 +151,16 @@ class TextStore(StateCache):
         if self.mode == "off":
             return False
         if needed > max(self.room, disk):
-            places = f"into memory ({_gb(self.room)})" + (f" or on disk ({_gb(disk)})" if self.shards else "")
+            places = f"into memory ({size_in_words(self.room)})" + (
+                f" or on disk ({size_in_words(disk)})" if self.shards else ""
+            )
             self._say_once(
-                f"{_gb(needed)} of texts do not fit {places}: they are computed at each step{self._advice()}"
+                f"{size_in_words(needed)} of texts do not fit {places}: they are computed at each step{self._advice()}"
             )
             return False
         if self.mode == "disk" and needed > disk and self.shards is not None:
-            self._say_once(f"{_gb(needed)} of texts do not fit on disk ({_gb(disk)}): kept in memory for this run only")
+            sizes = f"{size_in_words(needed)} of texts do not fit on disk ({size_in_words(disk)})"
+            self._say_once(f"{sizes}: kept in memory for this run only")
         self._writing, self._must = self.shards is not None and needed <= disk, needed > self.room
         self._planned, self._put = needed, 0
         self._begun, self._wrote = time.perf_counter(), 0.0
@@ -177,7 +181,7 @@ class TextStore(StateCache):
         self._writing = False
         if self._written and self.shards is not None:
             self.tell(
-                f"{_gb(self._written)} of texts kept on disk for later runs, in {self.shards.folder} "
+                f"{size_in_words(self._written)} of texts kept on disk for later runs, in {self.shards.folder} "
                 "(`softprompt cache clear` removes them, text_cache=memory writes none)"
             )
             self._written = 0
@@ -230,7 +234,3 @@ def _entry(key: Hashable, coded: States) -> tuple[int, Ids, list[torch.Tensor]]:
     text = _text(key)
     assert text is not None
     return (*text, [*coded.keys, *coded.values] if coded.keys[0].dtype == torch.int8 else [packed(coded)])
-
-
-def _gb(size: int) -> str:
-    return f"{size / folders.GIGABYTE:.2g} GB"

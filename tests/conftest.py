@@ -1,0 +1,13 @@
+"""For all tests: nothing is left in the cache of whoever runs them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_texts_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`text_cache=auto` writes what takes long to compute; on a busy machine that may be anything."""
+    monkeypatch.setattr("softprompt.text_store.store.WORTH_SECONDS", math.inf)
