@@ -114,14 +114,13 @@ def limits(args: argparse.Namespace, waiting: int) -> EngineLimits:
     return EngineLimits(args.rows, max(256, waiting), args.step_tokens, prompt_bytes=PROMPT_BYTES)
 
 
-def throughput(backbone: Backbone, args: argparse.Namespace, texts: Sequence[str], kind: str) -> list[dict[str, Any]]:
-    tasks = make_tasks(backbone, make_prompts(backbone, max(args.tasks), args.tokens))
+def throughput(
+    engine: Engine, tasks: Sequence[Task], args: argparse.Namespace, texts: Sequence[str], kind: str
+) -> list[dict[str, Any]]:
     cells = [("identical", 1), *((mix, count) for count in args.tasks if count > 1 for mix in MIXES)]
     sets = {
         cell: make_requests(tasks, assign(cell[0], len(texts), cell[1]), texts, args.max_tokens, kind) for cell in cells
     }
-    engine = Engine(backbone, limits(args, len(texts)))
-    compute_prompts(engine, tasks, args)
     walls: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
     used: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
     for turn in range(args.rounds):
@@ -147,7 +146,7 @@ def compared(seconds: dict[tuple[str, int], list[float]], one: tuple[str, int], 
     return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
-def compute_prompts(engine: Engine, tasks: Sequence[Task], args: argparse.Namespace) -> None:
+def compute_prompts(engine: Engine, tasks: Sequence[Task]) -> None:
     """Warm up, and have each prompt's states computed and kept, as they are after a task's first request."""
     shortest = make_requests(tasks, range(len(tasks)), ["."] * len(tasks), 1, "classify")
     for begin in range(0, len(tasks), 256):
@@ -204,16 +203,13 @@ def peft_side(
 
 
 def against_peft(
-    backbone: Backbone, folder: str, args: argparse.Namespace, texts: Sequence[str], kind: str
+    engine: Engine, tasks: Sequence[Task], folder: str, args: argparse.Namespace, texts: Sequence[str], kind: str
 ) -> dict[str, Any]:
-    prompts = make_prompts(backbone, args.peft_tasks, args.tokens)
     chosen = assign("uniform", len(texts), args.peft_tasks)
-    tasks = make_tasks(backbone, prompts)
     requests = make_requests(tasks, chosen, texts, args.max_tokens, kind)
     rows = [[token for token in request.ids if token >= 0] for request in requests]
-    answer = peft_side(backbone, folder, prompts, kind)
-    engine = Engine(backbone, limits(args, len(texts)))
-    compute_prompts(engine, tasks, args)
+    prompts = [task.prompt for task in tasks[: args.peft_tasks] if task.prompt is not None]
+    answer = peft_side(engine.backbone, folder, prompts, kind)
     few = min(len(texts), args.peft_requests)
     groups: dict[int, list[int]] = {}
     for i in range(few):
@@ -323,13 +319,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = str(weights.locate(args.model, report=print).folder)
     backbone = Backbone.load(args.model, precision=args.precision, device="cpu")
     texts = read_texts(max(args.requests), args.words)
+    count = max(*(args.tasks if "throughput" in args.parts else [1]), args.peft_tasks)
+    tasks = make_tasks(backbone, make_prompts(backbone, count, args.tokens))
+    engine = Engine(backbone, limits(args, len(texts)))
+    if {"throughput", "peft"} & set(args.parts):
+        compute_prompts(engine, tasks)
     capacity = 4.0
     for kind, count in zip(("generate", "classify"), args.requests, strict=True):
         part = texts[:count]
         if "throughput" in args.parts:
-            found.setdefault("throughput", {})[kind] = throughput(backbone, args, part, kind)
+            found.setdefault("throughput", {})[kind] = throughput(engine, tasks, args, part, kind)
         if "peft" in args.parts:
-            found.setdefault("beside_peft", {})[kind] = against_peft(backbone, folder, args, part, kind)
+            found.setdefault("beside_peft", {})[kind] = against_peft(engine, tasks, folder, args, part, kind)
         if kind == "generate" and "throughput" in found:
             capacity = found["throughput"][kind][-1]["requests_per_second"]
     if "server" in args.parts:
