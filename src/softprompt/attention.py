@@ -221,6 +221,12 @@ class StateCache:
             while self._bytes > self.max_bytes:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes()
 
+    def clear(self) -> None:
+        """Forget everything that is kept in memory."""
+        with one_at_a_time:
+            self._kept.clear()
+            self._bytes = 0
+
     # What `keep_texts` tells a cache while it puts the texts of a data set; text_store/store.py does more with it.
 
     def plan(self, tokens: int, sample: States) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..training.run import TuneResult
 
 MODEL = "smollm2-135m"
-# The soft tokens stand behind the review: what the model makes of a review is then computed once, whatever comes of them.
+# The soft tokens stand behind the review: what the model makes of a review is then computed once.
 INPUT = "Review: {text}\n{soft}Sentiment:"
 TARGET = " {label}"
 LABELS = ["negative", "positive"]
@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "epochs": 2.0,
     "batch_size": 32,
     "learning_rate": 0.1,
+    "text_cache": "memory",  # a demo leaves no gigabytes behind
     "validate_every": 63,
     "validation_rows": 150,
     "init_text": "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?",

@@ -89,6 +89,7 @@ def tune(
     run = begin(backbone, task, config, **given)
     with interruptible() as stop:
         reason = run.go_on(stop)
+    run.trainer.texts.clear()  # these are gigabytes, and a reference cycle may keep the run until Python looks for it
     return finish(run, reason, baselines)
 
 
