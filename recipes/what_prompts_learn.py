@@ -2,6 +2,7 @@
 
     python recipes/what_prompts_learn.py tune --data ../shared/data --out learned     # an hour on one core
     python recipes/what_prompts_learn.py look --data ../shared/data --out learned     # another one
+    python recipes/what_prompts_learn.py publish --out learned                   # tables, docs/results/inspect
 
 The data folder holds trec/train.jsonl, trec/validation.jsonl, trec/test.jsonl and so on, each line a JSON object with
 text and label; the movie reviews are those of `softprompt demo`. What is there already is not made again, so the same
@@ -28,44 +29,49 @@ TASKS: dict[str, dict[str, Any]] = {
     "trec": {"input": "{soft}Question: {text}\nThe answer is a kind of:", "limit": 400, **SHORT, "validate_every": 50},
     "banking77": {  # 77 answers for each row that is scored: few rows are
         "input": "{soft}Question: {text}\nIntent:",
-        "limit": 400,
+        "limit": 240,
         **SHORT,
-        "validation_rows": 15,
-        "validate_every": 50,
+        "validation_rows": 12,
+        "validate_every": 60,
         "test_rows": 40,
     },
     "agnews": {
         "input": "{soft}News: {text}\nTopic:",
-        "limit": 240,
+        "limit": 160,
         **SHORT,
-        "validate_every": 30,
+        "validate_every": 20,
         "max_tokens": 160,
     },
     # As sst2, from vectors that are no words: to see what the starting text did.
     "sst2-random": {
         "input": "{soft}Review: {text}\nSentiment:",
-        "limit": 320,
+        "limit": 240,
         **SHORT,
         "init": "random",
         "rows of": "sst2",
     },
 }
+ROWS = {"sst2": 32, "agnews": 10, "banking77": 8}  # that importance and attention are measured on; others 16
 COMMON = {"tokens": 20, "validation_rows": 100, "test_rows": 300}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tune", "look"])
-    parser.add_argument("--data", type=Path, required=True, help="folder of data sets")
+    parser.add_argument("what", choices=["tune", "look", "publish"])
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets")
     parser.add_argument("--out", type=Path, default=Path("learned"))
     parser.add_argument("--only", default=",".join(TASKS), help="tasks, with commas")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.what == "publish":
+        publish(given)
+        return
     for name in given.only.split(","):
         (tune if given.what == "tune" else look)(name, given)
     if given.what == "look":
         compare(given)
+        changes(given)
 
 
 def files(name: str, given: argparse.Namespace) -> dict[str, str]:
@@ -102,28 +108,107 @@ def labels(name: str, given: argparse.Namespace) -> list[str]:
 
 
 def look(name: str, given: argparse.Namespace) -> None:
-    """Inspect, prune and discretize one prompt, on rows that it was not tuned on."""
-    paths, many = files(name, given), name == "banking77"
-    prompt, rows = str(given.out / "prompts" / name), ["--rows", "20" if many else "200"]
-    scored = ["--data", paths["test"], *rows] + (["--changes", "left_out,first"] if many else [])
-    report = ["--report", str(given.out / f"{name}.html"), "--run", str(given.out / "runs" / name)]
-    softprompt(given, f"{name}-inspected", "inspect", prompt, *scored, *report)
-    if many or name.endswith("-random"):
+    """Inspect one prompt on rows that it was not tuned on; read the first one off as text, and make it shorter."""
+    paths, prompt = files(name, given), str(given.out / "prompts" / name)
+    rows = ["--rows", str(ROWS.get(name, 16)), "--changes", "none" if name == "banking77" else "left_out,first"]
+    kept = ["--report", str(given.out / f"{name}.html"), "--pictures", str(given.out / "pictures")]
+    run = ["--run", str(given.out / "runs" / name)]
+    softprompt(given, f"{name}-inspected", "inspect", prompt, "--data", paths["test"], *rows, *kept, *run)
+    if name != "sst2":
         return
-    others = ["--validation", paths["validation"], "--test", paths["test"]]
-    save = ["--out", str(given.out / "pruned" / name), "--overwrite"]
-    softprompt(given, f"{name}-pruned", "prune", prompt, paths["train"], *others, "--rows", "200", *save)
-    softprompt(given, f"{name}-text", "discretize", prompt, paths["train"], *others, "--test-rows", "300")
+    others = ["--validation", paths["validation"], "--test", paths["test"], "--test-rows", "100"]
+    search = ["--candidates", "3", "--rounds", "1", "--rows", "24"]
+    softprompt(given, f"{name}-text", "discretize", prompt, paths["train"], *others, *search)
+    shorter = ["--rows", "40", "--steps", "20", "--lengths", "10,5,2", "--out", str(given.out / "pruned" / name)]
+    picture = ["--picture", str(given.out / "pictures" / f"{name}-lengths.svg"), "--overwrite"]
+    softprompt(given, f"{name}-pruned", "prune", prompt, paths["train"], *others, *shorter, *picture)
 
 
 def compare(given: argparse.Namespace) -> None:
-    """All prompts beside each other, and two that were tuned on the same rows."""
+    """All prompts beside each other, and two that were tuned for the same task."""
     prompts = given.out / "prompts"
-    html = ["--report", str(given.out / "similarity.html")]
-    tables = [part for name in TASKS for part in ("--data", f"{name}={files(name, given)['test']}")]
-    softprompt(given, "similarity", "similarity", str(prompts), "--loss", "--rows", "20", *tables, *html)
-    test = ["--data", files("sst2", given)["test"], "--rows", "300"]
-    softprompt(given, "diff", "diff", str(prompts / "sst2"), str(prompts / "sst2-random"), *test)
+    kept = ["--report", str(given.out / "similarity.html"), "--pictures", str(given.out / "pictures")]
+    softprompt(given, "similarity", "similarity", str(prompts), *kept)
+    scored = ["sst2", "reviews", "trec", "agnews"]
+    tables = [part for name in scored for part in ("--data", f"{name}={files(name, given)['test']}")]
+    softprompt(given, "crossed", "similarity", str(prompts), "--loss", "--rows", "12", *tables, *kept[2:])
+    test = ["--data", files("sst2", given)["test"], "--rows", "100"]
+    softprompt(given, "diff", "diff", str(prompts / "sst2"), str(prompts / "reviews"), *test)
+
+
+def changes(given: argparse.Namespace) -> None:
+    """What tuning added to the vectors, apart from what they started as: how alike, and which words it points to."""
+    import torch
+
+    import softprompt as sp
+    from softprompt.inspection.nearest import nearest_tokens
+
+    backbone = sp.Backbone.load(MODEL, precision="float32")
+    table = backbone.embedding_table()
+    names = [name for name in TASKS if (given.out / "prompts" / name / "softprompt.json").is_file()]
+    looked = {n: sp.inspect(given.out / "prompts" / n, backbone, run=given.out / "runs" / n) for n in names}
+    moved = {n: each.prompt.vectors - each.initial for n, each in looked.items() if each.initial is not None}
+    for name, each in looked.items():
+        text = json.dumps(each.to_dict(), ensure_ascii=False)
+        (given.out / "results" / f"{name}-words.json").write_text(text, encoding="utf-8")
+    noise = torch.randn(20, backbone.width, generator=torch.Generator().manual_seed(0))
+    cosine = torch.nn.functional.cosine_similarity
+
+    def words(vectors: torch.Tensor) -> list[list[tuple[str, float]]]:
+        near = nearest_tokens(vectors, table, backbone.tokenizer, 5)
+        return [[(word.text, round(word.similarity, 3)) for word in row] for row in near]
+
+    found = {
+        "words": {name: words(vectors) for name, vectors in moved.items()},
+        "words_of_noise": words(noise),
+        "pooled": {
+            a: {b: float(cosine(x.mean(0), y.mean(0), dim=0)) for b, y in moved.items()} for a, x in moved.items()
+        },
+        "token_by_token": {a: {b: float(cosine(x, y).mean()) for b, y in moved.items()} for a, x in moved.items()},
+        "size": {n: float((x.norm(dim=1) / looked[n].initial.norm(dim=1)).mean()) for n, x in moved.items()},
+    }
+    (given.out / "results" / "changes.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+
+
+def publish(given: argparse.Namespace) -> None:
+    """Copy the small results, without the points of the projection, and print the tables of the page."""
+    folder = Path(__file__).parents[1] / "docs" / "results" / "inspect"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (given.out / "results").glob("*.json")}
+    for name, document in sorted(found.items()):
+        small = {key: value for key, value in document.items() if key not in ("projection", "report", "run", "prompt")}
+        for part in ("nearest",) if isinstance(small.get("nearest"), dict) else ():
+            small[part] = {"cosine": small[part]["cosine"]}
+        for split in ("validation", "test"):
+            for part in ("per_class", "confusion", "classes"):
+                small.get(split, {}).pop(part, None)
+        text = json.dumps(rounded(small), ensure_ascii=False)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    print(
+        "| prompt | rows, steps | test accuracy | still the start's word | cosine with start | tightness | by chance |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name in TASKS:
+        tuned, seen = found.get(f"{name}-tuned"), found.get(f"{name}-words")
+        if not tuned or not seen:
+            continue
+        test, cosines = tuned["test"], [each["cosine"] for each in seen["movement"]]
+        low, high = test["interval"]
+        print(
+            f"| {name} | {TASKS[name]['limit']}, {tuned['steps']} | {test['accuracy']:.3f} ({low:.3f} to {high:.3f}, "
+            f"{test['rows']} rows) | {seen['words']['survived_share']:.0%} | {sum(cosines) / len(cosines):.3f} "
+            f"({min(cosines):.3f} to {max(cosines):.3f}) | {seen['clusters']['tightness']:.2f} | "
+            f"{seen['clusters']['by_chance']:.2f} |"
+        )
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four figures: enough to read, and a tenth of the bytes."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return {key: rounded(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def softprompt(given: argparse.Namespace, result: str, command: str, *arguments: str) -> None:
