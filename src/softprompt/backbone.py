@@ -179,7 +179,8 @@ class Backbone:
     def embedding_rms(self) -> float:
         """Root mean square of an entry of the embedding table: the unit of the learning rate."""
         if not hasattr(self, "_embedding_rms"):
-            squares = sum(float(part.double().square().sum()) for part in self.embedding_table().split(65536))
+            chunks = torch.arange(self.vocab_size, device=self.device).split(4096)  # few: these are copies in float64
+            squares = sum(float(self.embed(ids).to("cpu", torch.float64).square().sum()) for ids in chunks)
             self._embedding_rms: float = (squares / (self.vocab_size * self.width)) ** 0.5
         return self._embedding_rms
 

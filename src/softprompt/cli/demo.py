@@ -56,7 +56,7 @@ def demo(
 ) -> None:
     """Tune a prompt that tells good film reviews from bad ones, and see what it is worth.
 
-    2,000 reviews, a model of 135 million weights that never change, a deep prompt of 20 soft tokens; about five minutes
+    2,000 reviews, a model of 135 million weights that never change, a deep prompt of 20 soft tokens; about six minutes
     on two cores without bfloat16.
     """
     from ..attention import StateCache
