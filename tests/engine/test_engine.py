@@ -15,6 +15,7 @@ from engine_material import (
     tokens_of,
 )
 
+from softprompt.engine import engine as engine_module
 from softprompt.engine.engine import Engine, EngineLimits
 from softprompt.engine.requests import EngineError, QueueFullError, Request, Settings, TooLongError
 from softprompt.evaluation.scoring import score_labels
@@ -327,8 +328,7 @@ def test_a_step_that_fails_ends_only_what_it_was_about(llama, monkeypatch):
     engine = Engine(llama, small_limits())
     ids = engine.submit(requests_of_all_kinds(llama, 8))
     engine.step()
-    head = llama.model.get_output_embeddings()
-    monkeypatch.setattr(head, "forward", lambda x: (_ for _ in ()).throw(RuntimeError("no memory")))
+    monkeypatch.setattr(engine_module, "logits_in_pieces", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
     with pytest.raises(RuntimeError, match="no memory"):
         finish(engine, ids)
     failed = engine.fail()
@@ -337,3 +337,20 @@ def test_a_step_that_fails_ends_only_what_it_was_about(llama, monkeypatch):
     found = finish(engine, ids)
     rest = [id for id in ids if found[id]]
     assert len(rest) + len(failed) == 8 and all(found[id][-1].finish == "length" for id in rest)
+
+
+def test_without_memory_for_a_slot_the_request_ends_and_nothing_is_left(llama, monkeypatch):
+    engine = Engine(llama, small_limits())
+    request = make_request(llama, "front", 1, Settings(max_new_tokens=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.slots, "new", lambda tokens: (_ for _ in ()).throw(RuntimeError("no memory")))
+        ids = engine.submit([request] * 3)
+        failed = []
+        for _ in ids:  # as the worker does, step by step
+            with pytest.raises(RuntimeError, match="no memory"):
+                engine.step()
+            failed += engine.fail()
+    assert [event.finish for event in failed] == ["error"] * 3 and not engine.busy
+    assert not engine.prefixes._building and not engine._parked
+    [id] = engine.submit(request)
+    assert tokens_of(finish(engine, [id])[id]) == alone(llama, request)

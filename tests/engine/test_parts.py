@@ -85,6 +85,16 @@ def test_penalties_count_what_was_written_and_never_soft_tokens():
     assert logits[9] == 0  # given logits are not changed
 
 
+@pytest.mark.parametrize("least", [1e-310, 5e-324])
+def test_settings_close_to_zero_are_no_reason_to_fail(least):
+    logits = some_logits()
+    best = int(logits.argmax())
+    assert Sampler(Settings(temperature=least), (1,)).pick(logits).id == best
+    for temperature in (0.0, 1.0):  # what was read, with a positive logit, becomes as likely as can be
+        sampler = Sampler(Settings(temperature=temperature, repetition_penalty=least), (best,))
+        assert [sampler.pick(logits).id for _ in range(3)] == [best] * 3
+
+
 def test_log_probabilities_are_of_the_model_itself():
     logits = some_logits()
     token = Sampler(Settings(logprobs=3, presence_penalty=1.0), (1,)).pick(logits)

@@ -66,6 +66,8 @@ BAD = [
     {"logprobs": 1_000_000_000},
     {"temperature": "hot" + SECRET},
     {"top_p": 0},
+    {"stop": ["a", "b", "c", "d", "e"]},
+    {"stop": "x" * 65},
     {"seed": 2**80},
     {"stop": [1]},
     {"stop": {"a": SECRET}},
@@ -264,8 +266,12 @@ def test_prompts_that_cannot_be_used_are_skipped_and_reported(backbone, tmp_path
     make_prompt(backbone, SENTIMENT, 2).save(tmp_path / "prompts" / "sentiment")
     served = serving(backbone, tmp_path / "prompts", admin_keys=(hash_key(ADMIN),))
     with caplog.at_level("WARNING", "softprompt.server"), served as server:
-        names = [model["id"] for model in server.client.get("/v1/models").json()["data"]]
-        assert names == ["base", "sentiment", "sentiment@1"]
+        listed = server.client.get("/v1/models")
+        assert [model["id"] for model in listed.json()["data"]] == ["base", "sentiment", "sentiment@1"]
+        told = {each["id"]: each["reason"] for each in listed.json()["health"]["skipped"]}
+        assert {name + "@1" for name in bad} <= told.keys() and listed.json()["health"]["prompts"] == 1
+        assert told["stranger@1"] == "it is for another model" and "cannot be read" in told["half@1"]
+        assert str(tmp_path) not in listed.text and backbone.fingerprint not in listed.text
         health = server.client.get("/health").json()
         assert health["prompts"] == 1 and health["skipped"] >= len(bad)
         for name in bad:

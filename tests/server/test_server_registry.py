@@ -11,7 +11,9 @@ from server_material import SENTIMENT, TOPIC, make_backbone, make_prompt
 
 from softprompt.library import Library
 from softprompt.library.library import Library as RealLibrary
+from softprompt.prompt import SoftPrompt
 from softprompt.server.registry import Registry
+from softprompt.templates import Template
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_a_prompt_that_breaks_is_served_as_it_was(backbone, registry, folder, ca
         for _ in range(2):
             registry.refresh()
     assert registry.find("sentiment") is registry.find("sentiment@1") is before
-    assert list(registry.now.skipped) == ["sentiment@1"]
+    assert list(registry.now.skipped) == list(registry.now.told) == list(registry.now.kept) == ["sentiment@1"]
     [told] = [record.getMessage() for record in caplog.records]
     assert told.startswith("prompt sentiment@1 is served as it was before: ")
     assert Registry(backbone, Library(folder)).refresh().tasks.keys() == {"base", "topic", "topic@1"}  # a new process
@@ -86,6 +88,7 @@ def test_what_is_gone_or_is_for_another_model_is_dropped(registry, folder):
     found = registry.refresh()
     assert found.tasks.keys() == {"base"}
     assert "is for tiny" in found.skipped["sentiment@1"]
+    assert found.told == {"sentiment@1": "it is for another model"} and not found.kept
 
 
 def test_a_newer_version_that_breaks_is_kept_and_one_that_never_could_be_used_is_not(backbone, registry, folder):
@@ -105,7 +108,20 @@ def test_two_folders_of_one_version_do_not_hold_up_a_change(backbone, registry, 
     make_prompt(backbone, TOPIC, 4).save(folder / "topic", overwrite=True)
     found = registry.refresh()
     assert torch.equal(found.tasks["topic@1"].vectors, make_prompt(backbone, TOPIC, 4).vectors)
-    assert list(found.skipped) == ["topic@1"]
+    assert list(found.skipped) == ["topic@1"] and not found.kept
+    assert found.told == {"topic@1": "another folder is the same version"}
+
+
+def test_each_reason_is_told_without_a_path(backbone, registry, folder):
+    make_prompt(backbone, SENTIMENT, 1).save(folder / "my prompt")
+    labels = Template.make("{soft}{text}", "{label}", labels=[" good", " good indeed"])
+    SoftPrompt(torch.zeros(2, 7), labels, "x", "").save(folder / "narrow")
+    (folder / "empty").mkdir()
+    assert registry.refresh().told == {
+        "my prompt@1": "its folder is not called as a prompt can be",
+        "narrow@1": "it does not fit the model",
+        "empty@1": "its files cannot be read, or are not whole",
+    }
 
 
 def test_a_prompt_that_is_replaced_between_look_and_reading(backbone, registry, folder, monkeypatch):

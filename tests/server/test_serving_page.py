@@ -39,10 +39,10 @@ def test_each_curl_command_is_answered(server, line):
         assert answer.json().get("choices") or [each["label"] for each in answer.json()["data"]]
 
 
-def test_the_python_example_runs(server, capsys):
-    [block] = [block for language, block in BLOCKS if language == "python"]
+def test_the_python_examples_run(server, capsys):
     names: dict = {}
-    exec(compile(block.replace(ADDRESS, server.url), "docs/serving.md", "exec"), names)
+    for block in [block for language, block in BLOCKS if language == "python"]:
+        exec(compile(block.replace(ADDRESS, server.url), "docs/serving.md", "exec"), names)
     names["client"].close()
     assert capsys.readouterr().out.split()[0] in ("negative", "positive")
 

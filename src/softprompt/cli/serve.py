@@ -154,5 +154,4 @@ def _announce(out: Output, service: Service, address: str) -> None:
     now: Any = service.registry.now
     for name, why in now.skipped.items():
         out.warn(f"{name} is not served: {why}")
-    count = len({id(task) for task in now.tasks.values()}) - 1
-    out.show(f"serving {count} prompts and base at {address}/v1")
+    out.show(f"serving {now.prompts} prompts and base at {address}/v1")

@@ -200,10 +200,9 @@ class Engine:
             if row is None or not self._fits(row):
                 return
             self._queue.pop()
-            if self.slots is None:
-                self._running[row.id] = row
-            else:
-                self._begin(row, self.slots)
+            self._running[row.id] = row
+            if self.slots is not None and not self._begin(row, self.slots):
+                del self._running[row.id]
 
     def _fits(self, row: Running) -> bool:
         """Whether there is room for its states; a request that is alone always has it."""
@@ -212,8 +211,11 @@ class Engine:
         promised = sum(other.needed for other in self._running.values())
         return (promised + row.needed) * self.slots.token_bytes <= self.limits.cache_bytes
 
-    def _begin(self, row: Running, slots: SlotCache) -> None:
-        """Give the row a slot with what is known of its beginning, or park it until another row has computed that."""
+    def _begin(self, row: Running, slots: SlotCache) -> bool:
+        """Give the row a slot with what is known of its beginning, or park it until another row has computed that.
+
+        Returns whether it has begun. It counts as running meanwhile, so that `fail` ends it should there be no memory.
+        """
         wanted = self.prefixes.wanted(row.request)
         builds: list[tuple[int, Key]] = []
         known, size = None, 0
@@ -224,7 +226,7 @@ class Engine:
             if self.prefixes.builder(key) is not None:
                 row.parked = key
                 self._parked.setdefault(key, []).append(row)
-                return
+                return False
             builds.append((size, key))
         if wanted and wanted[0][1][0] == "prompt":
             missed = any(key[0] == "prompt" for _, key in builds)
@@ -238,7 +240,7 @@ class Engine:
             row.slot.write(known)
             row.cached = size
         row.given = {}
-        self._running[row.id] = row
+        return True
 
     def _publish(self, row: Running) -> None:
         """Keep the beginnings that the row was to compute and has passed, and wake who waits for them."""

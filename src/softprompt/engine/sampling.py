@@ -44,7 +44,8 @@ class Sampler:
         if wanted.repetition_penalty != 1:
             seen = torch.tensor(sorted({*self.read, *self.written}), dtype=torch.long)
             at = logits[seen]
-            logits[seen] = torch.where(at > 0, at / wanted.repetition_penalty, at * wanted.repetition_penalty)
+            penalised = torch.where(at > 0, at / wanted.repetition_penalty, at * wanted.repetition_penalty)
+            logits[seen] = penalised.nan_to_num()  # a penalty close to zero divides to infinity
         if self.written and (wanted.presence_penalty or wanted.frequency_penalty):
             tokens = torch.tensor(list(self.written), dtype=torch.long)
             counts = torch.tensor([self.written[int(t)] for t in tokens], dtype=logits.dtype)
@@ -55,7 +56,8 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor) -> int:
         wanted = self.settings
-        probabilities = torch.softmax(logits / wanted.temperature, dim=-1)
+        # Less the largest first: a temperature close to zero divides to infinity, which is no distribution.
+        probabilities = torch.softmax((logits - logits.max()) / wanted.temperature, dim=-1)
         if 0 < wanted.top_k < len(probabilities):
             kept = probabilities.topk(wanted.top_k)
             probabilities = torch.zeros_like(probabilities).index_put_((kept.indices,), kept.values / kept.values.sum())

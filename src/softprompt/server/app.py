@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from .. import __version__
 from ..engine.requests import Event, Usage
+from ..engine.tasks import Task
 from . import answering, asking, errors, schemas
 from .answering import Answer
 from .asking import Asked
@@ -55,8 +56,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _model_routes(app: FastAPI, service: Service) -> None:
-    def card(name: str) -> dict[str, Any]:
-        task = service.task(name)
+    def card(name: str, task: Task) -> dict[str, Any]:
         prompt = task.prompt
         return {
             "id": name,
@@ -73,11 +73,17 @@ def _model_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", response_model=schemas.ModelList)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(name) for name, _ in service.registry.listed()]}
+        now = service.registry.now
+        skipped = [
+            {"id": name, "reason": why, "served_as_before": name in now.kept} for name, why in sorted(now.told.items())
+        ]
+        health = {"prompts": now.prompts, "skipped": skipped, "folder": "unreadable" if now.problem else "ok"}
+        cards = [card(name, task) for name, task in now.listed()]
+        return {"object": "list", "data": cards, "health": health}
 
     @app.get("/v1/models/{model}", response_model=schemas.ModelCard)
     async def model(model: str) -> dict[str, Any]:
-        return card(model)
+        return card(model, service.task(model))
 
 
 def _answer_routes(app: FastAPI, service: Service) -> None:
@@ -167,8 +173,7 @@ async def _chunks(
 def _state_routes(app: FastAPI, service: Service) -> None:
     def state(good: bool, said: str) -> JSONResponse:
         now = service.registry.now
-        prompts = len({id(task) for task in now.tasks.values()}) - 1
-        content = {"status": said, "prompts": prompts, "skipped": len(now.skipped)}
+        content = {"status": said, "prompts": now.prompts, "skipped": len(now.skipped)}
         return JSONResponse(content, 200 if good else 503, headers={} if good else {"Retry-After": "5"})
 
     @app.get("/health", response_model=schemas.Health, responses={503: {"model": schemas.Health}})

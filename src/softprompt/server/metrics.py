@@ -63,7 +63,7 @@ class Metrics:
             "num_requests_running": ("Requests under way.", lambda: engine.running),
             "num_requests_waiting": ("Requests that wait.", lambda: engine.waiting),
             "kv_cache_tokens": ("Tokens in slots.", lambda: engine.slots.used_tokens if engine.slots else 0),
-            "prompts_registered": ("Prompts served.", lambda: len({id(t) for t in registry.now.tasks.values()}) - 1),
+            "prompts_registered": ("Prompts served.", lambda: registry.now.prompts),
             "prompts_skipped": ("Prompts of the folder that cannot be used.", lambda: len(registry.now.skipped)),
             "prompt_kv_cache_bytes": ("States kept for prompts.", lambda: kept.bytes),
         }

@@ -9,12 +9,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ..backbone import Backbone
 from ..engine.tasks import Task
 from ..errors import PromptFormatError, SoftPromptError
 from ..library import Entry, Library
+from ..library.names import name_problem
 
 log = logging.getLogger("softprompt.server")
 BASE = "base"
@@ -23,12 +24,24 @@ BASE = "base"
 @dataclass(frozen=True)
 class Registered:
     """tasks: by name and by name@version. skipped: prompts of the folder that cannot be used (their names), with why;
-    the reasons name paths, so they are for logs. One that was served before it broke is in both: it is served as it
-    was. problem: why the folder itself cannot be read."""
+    the reasons name paths, so they are for logs. told: the same names with what clients may know of the reason. kept:
+    those of them that were served before they broke, and are served as they were. problem: why the folder itself cannot
+    be read."""
 
     tasks: dict[str, Task]
     skipped: dict[str, str]
+    told: dict[str, str] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
     problem: str = ""
+
+    @property
+    def prompts(self) -> int:
+        """How many versions of prompts are served."""
+        return len({id(task) for task in self.tasks.values()}) - 1
+
+    def listed(self) -> list[tuple[str, Task]]:
+        """The tasks by name, base first."""
+        return sorted(self.tasks.items(), key=lambda item: (item[0] != BASE, item[0]))
 
 
 class Registry:
@@ -48,7 +61,7 @@ class Registry:
 
     def listed(self) -> list[tuple[str, Task]]:
         """Each name that may be asked for, once for the newest version and once for each version."""
-        return sorted(self.now.tasks.items(), key=lambda item: (item[0] != BASE, item[0]))
+        return self.now.listed()
 
     def refresh(self) -> Registered:
         """Look at the folder, load what is new, and swap; nothing is mixed.
@@ -59,7 +72,7 @@ class Registry:
             begun = time.perf_counter()
             scan = self.library.scan(self.backbone.fingerprint)
             if scan.problem:  # a disk that is away for a moment does not take the tasks with it
-                found = Registered(self.now.tasks, self.now.skipped, scan.problem)
+                found = replace(self.now, problem=scan.problem)
             else:
                 found = self._load(scan)
             fresh = {id(t) for t in found.tasks.values()} - {id(t) for t in self.now.tasks.values()}
@@ -73,19 +86,20 @@ class Registry:
         known = {task.reference: task for task in self.now.tasks.values() if task.prompt is not None}
         found: dict[str, Task] = {}
         kept: dict[str, Task] = {}
-        skipped = {}
+        skipped, told = {}, {}
         for entry in entries:
             name = entry.reference
             try:
                 found[name] = self._task(entry, known.get(name))
             except SoftPromptError as error:
-                skipped[name] = str(error)
+                skipped[name], told[name] = str(error), self._reason(entry)
                 # It is there but cannot be read, now or any more: as it was is better than not at all.
                 if name in known and not self._is_for_another_model(entry):
                     kept[name] = known[name]
-        found = kept | found
+        kept = {name: task for name, task in kept.items() if name not in found}
+        found |= kept
         newest = {task.name: task for task in sorted(found.values(), key=lambda task: task.version)}
-        return Registered({BASE: self.base, **found, **newest}, skipped)
+        return Registered({BASE: self.base, **found, **newest}, skipped, told, frozenset(kept))
 
     def _task(self, entry: Entry, before: Task | None) -> Task:
         """The one that is served already if it is the same. Raises SoftPromptError."""
@@ -99,10 +113,22 @@ class Registry:
     def _is_for_another_model(self, entry: Entry) -> bool:
         return entry.summary.get("fingerprint") not in (None, "", self.backbone.fingerprint)
 
+    def _reason(self, entry: Entry) -> str:
+        """Why it cannot be used, in words that name neither a path nor anything that stands in its files."""
+        if self._is_for_another_model(entry):
+            return "it is for another model"
+        if name_problem(entry.name):
+            return "its folder is not called as a prompt can be"
+        if entry.usable:
+            return "it does not fit the model"
+        if entry.summary.get("tokens") is not None and entry.sha256:
+            return "another folder is the same version"
+        return "its files cannot be read, or are not whole"
+
     def _tell(self, before: Registered, after: Registered) -> None:
         for name, why in after.skipped.items():
             if before.skipped.get(name) != why:
-                now = "is served as it was before" if name in after.tasks else "is not served"
+                now = "is served as it was before" if name in after.kept else "is not served"
                 log.warning("prompt %s %s: %s", name, now, why)
         for name, task in after.tasks.items():
             old = before.tasks.get(name)

@@ -227,9 +227,26 @@ class ModelCard(BaseModel):
     labels: list[str] | None
 
 
+class SkippedPrompt(BaseModel):
+    """A prompt of the folder that cannot be used. served_as_before: it was served before it broke, and still is."""
+
+    id: str
+    reason: str
+    served_as_before: bool
+
+
+class FolderHealth(BaseModel):
+    """prompts: how many are served. skipped: those that cannot be used. folder: whether it can be read now."""
+
+    prompts: int
+    skipped: list[SkippedPrompt]
+    folder: Literal["ok", "unreadable"]
+
+
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    health: FolderHealth
 
 
 class ErrorBody(BaseModel):
