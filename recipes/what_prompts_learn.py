@@ -51,7 +51,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "rows of": "sst2",
     },
 }
-ROWS = {"sst2": 32, "agnews": 10, "banking77": 8}  # that importance and attention are measured on; others 16
+ROWS = {"agnews": 16, "banking77": 12}  # that importance and attention are measured on; others 32
+CONTROLS = ("sst2-random",)  # in a folder of their own, not among the prompts that are compared
 COMMON = {"tokens": 20, "validation_rows": 100, "test_rows": 300}
 
 
@@ -79,21 +80,25 @@ def files(name: str, given: argparse.Namespace) -> dict[str, str]:
     if name == "reviews":
         from softprompt.demo_data import write_movie_reviews
 
-        folder = given.out / "reviews-data"
-        if not (folder / "test.csv").is_file():
-            write_movie_reviews(folder)
-        return {split: str(folder / f"{split}.csv") for split in ("train", "validation", "test")}
-    folder = given.data / TASKS[name].get("rows of", name)
-    return {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
+        made = given.out / "reviews-data"
+        if not (made / "test.csv").is_file():
+            write_movie_reviews(made)
+        return {split: str(made / f"{split}.csv") for split in ("train", "validation", "test")}
+    there = given.data / TASKS[name].get("rows of", name)
+    return {split: str(there / f"{split}.jsonl") for split in ("train", "validation", "test")}
+
+
+def folder(name: str, given: argparse.Namespace) -> Path:
+    return given.out / ("controls" if name in CONTROLS else "prompts") / name
 
 
 def tune(name: str, given: argparse.Namespace) -> None:
     import yaml
 
-    if (given.out / "prompts" / name / "softprompt.json").is_file():
+    if (folder(name, given) / "softprompt.json").is_file():
         return
     config = {"model": MODEL, **files(name, given), "target": " {label}", "labels": labels(name, given)}
-    config |= {**COMMON, **TASKS[name], "out": str(given.out / "prompts" / name), "run": str(given.out / "runs" / name)}
+    config |= {**COMMON, **TASKS[name], "out": str(folder(name, given)), "run": str(given.out / "runs" / name)}
     config.pop("rows of", None)
     path = given.out / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -109,8 +114,8 @@ def labels(name: str, given: argparse.Namespace) -> list[str]:
 
 def look(name: str, given: argparse.Namespace) -> None:
     """Inspect one prompt on rows that it was not tuned on; read the first one off as text, and make it shorter."""
-    paths, prompt = files(name, given), str(given.out / "prompts" / name)
-    rows = ["--rows", str(ROWS.get(name, 16)), "--changes", "none" if name == "banking77" else "left_out,first"]
+    paths, prompt = files(name, given), str(folder(name, given))
+    rows = ["--rows", str(ROWS.get(name, 32)), "--changes", "left_out,first"]
     kept = ["--report", str(given.out / f"{name}.html"), "--pictures", str(given.out / "pictures")]
     run = ["--run", str(given.out / "runs" / name)]
     softprompt(given, f"{name}-inspected", "inspect", prompt, "--data", paths["test"], *rows, *kept, *run)
@@ -129,11 +134,12 @@ def compare(given: argparse.Namespace) -> None:
     prompts = given.out / "prompts"
     kept = ["--report", str(given.out / "similarity.html"), "--pictures", str(given.out / "pictures")]
     softprompt(given, "similarity", "similarity", str(prompts), *kept)
-    scored = ["sst2", "reviews", "trec", "agnews"]
+    scored = [name for name in TASKS if name not in CONTROLS]
     tables = [part for name in scored for part in ("--data", f"{name}={files(name, given)['test']}")]
     softprompt(given, "crossed", "similarity", str(prompts), "--loss", "--rows", "12", *tables, *kept[2:])
     test = ["--data", files("sst2", given)["test"], "--rows", "100"]
     softprompt(given, "diff", "diff", str(prompts / "sst2"), str(prompts / "reviews"), *test)
+    softprompt(given, "diff-pruned", "diff", str(prompts / "sst2"), str(given.out / "pruned" / "sst2"), *test)
 
 
 def changes(given: argparse.Namespace) -> None:
@@ -145,8 +151,8 @@ def changes(given: argparse.Namespace) -> None:
 
     backbone = sp.Backbone.load(MODEL, precision="float32")
     table = backbone.embedding_table()
-    names = [name for name in TASKS if (given.out / "prompts" / name / "softprompt.json").is_file()]
-    looked = {n: sp.inspect(given.out / "prompts" / n, backbone, run=given.out / "runs" / n) for n in names}
+    names = [name for name in TASKS if (folder(name, given) / "softprompt.json").is_file()]
+    looked = {n: sp.inspect(folder(n, given), backbone, run=given.out / "runs" / n) for n in names}
     moved = {n: each.prompt.vectors - each.initial for n, each in looked.items() if each.initial is not None}
     for name, each in looked.items():
         text = json.dumps(each.to_dict(), ensure_ascii=False)
@@ -172,8 +178,8 @@ def changes(given: argparse.Namespace) -> None:
 
 def publish(given: argparse.Namespace) -> None:
     """Copy the small results, without the points of the projection, and print the tables of the page."""
-    folder = Path(__file__).parents[1] / "docs" / "results" / "inspect"
-    folder.mkdir(parents=True, exist_ok=True)
+    kept = Path(__file__).parents[1] / "docs" / "results" / "inspect"
+    kept.mkdir(parents=True, exist_ok=True)
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (given.out / "results").glob("*.json")}
     for name, document in sorted(found.items()):
         small = {key: value for key, value in document.items() if key not in ("projection", "report", "run", "prompt")}
@@ -183,7 +189,7 @@ def publish(given: argparse.Namespace) -> None:
             for part in ("per_class", "confusion", "classes"):
                 small.get(split, {}).pop(part, None)
         text = json.dumps(rounded(small), ensure_ascii=False)
-        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (kept / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(
         "| prompt | rows, steps | test accuracy | still the start's word | cosine with start | tightness | by chance |"
     )

@@ -53,8 +53,14 @@ def test_inspect_a_prompt_alone(cli: Cli, prompt: str, tuned: Path) -> None:
     assert {path.name for path in Path("p").iterdir()} >= {"reviews-moved.svg", "reviews-gradients.svg"}
     for told in ("nearest words (cosine)", "cosine with start", "norm of a word", "report r.html"):
         assert told in called.out, told
+    for told in ("by Euclidean distance", "by dot product", "The gradient of a token was", "in two dimensions"):
+        assert told in called.out, told
     assert "evaluating" not in called.err
     assert "<svg" in Path("r.html").read_text()
+    found = cli("inspect", prompt, "--run", tuned / "runs/reviews", "--json", *FLOAT).json
+    assert len(found["gradients"]["steps"]) == len(found["gradients"]["norms"]) > 0
+    assert all(len(row) == 4 and min(row) > 0 for row in found["gradients"]["norms"])
+    assert cli("inspect", prompt, "--json", *FLOAT).json["gradients"] is None
 
 
 def test_inspect_json_with_rows(cli: Cli, prompt: str, data: str) -> None:
@@ -67,6 +73,8 @@ def test_inspect_json_with_rows(cli: Cli, prompt: str, data: str) -> None:
     assert found["attention"]["rows"] == 4
     assert len(found["nearest"]["dot"]) == 4
     assert "kept apart" in called.err
+    shown = cli("inspect", prompt, "--data", data, "--rows", 4, "--changes", "none", *FLOAT).out
+    assert "attention to the prompt" in shown and "most to" in shown
 
 
 def test_inspect_several_and_a_bare_adapter(cli: Cli, library: Path) -> None:
@@ -75,6 +83,8 @@ def test_inspect_several_and_a_bare_adapter(cli: Cli, library: Path) -> None:
     second = called.json["prompts"][1]
     assert second["template"] is None
     assert any("template" in note for note in second["notes"])
+    assert set(called.json["together"]["prompts"]) == {"other", "peft"}
+    assert called.json["similarity"]["prompts"] == ["other", "peft"]
     page = Path("r.html").read_text()
     assert 'id="together"' in page and 'id="similarity"' in page
 

@@ -15,6 +15,7 @@ from softprompt import SoftPrompt, Template
 from softprompt.computation import deep_from_tokens
 from softprompt.errors import ConfigError
 from softprompt.evaluation.runner import evaluate_prompt
+from softprompt.inspection.grouping import groups
 from softprompt.inspection.similarity import cluster, matched
 
 
@@ -68,6 +69,15 @@ def test_clusters_stand_together() -> None:
     order = cluster(alike)
     assert abs(order.index(0) - order.index(2)) == 1 and abs(order.index(1) - order.index(3)) == 1
     assert cluster(np.full((3, 3), math.nan)) and cluster(np.ones((2, 2))) == [0, 1]
+
+
+def test_groups_are_of_like_prompts_the_middle_one_first() -> None:
+    """Directions at these angles in a plane: three heaps; of each the one with the least angle to the others leads."""
+    angles = [0.0, 100.0, 10.0, 200.0, 4.0, 103.0, 107.0]
+    plane = [torch.tensor([[math.cos(math.radians(a)), math.sin(math.radians(a))]]) for a in angles]
+    assert groups(plane, 3) == [[4, 0, 2], [5, 1, 6], [3]]
+    assert groups(plane, 7) == [[i] for i in range(7)]
+    assert sorted(groups(plane, 1)[0]) == list(range(7))
 
 
 def test_a_library_is_read_and_broken_prompts_are_told(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from test_run import SETTINGS, make_task
 
 import softprompt as sp
 from softprompt.errors import ConfigError
+from softprompt.training import transfer
 from softprompt.training.transfer import ROWS, best_start, fitted
 from tiny_models import make_backbone, make_tokenizer
 
@@ -49,6 +50,22 @@ def test_tune_starts_from_the_best_of_the_library(backbone, library):
     assert torch.equal(result.initial, sp.SoftPrompt.load(library / "good").vectors)
     deep = sp.tune(backbone, make_task(), **{**SETTINGS, "init": f"auto:{library}", "steps": 1, "kind": "deep"})
     assert "the ordinary start, the best of 1" in next(e["init"] for e in deep.history if e["event"] == "start")
+
+
+def test_of_a_large_library_like_prompts_are_tried_together(backbone, library, tmp_path, monkeypatch):
+    """30 prompts in three heaps: the best is found with at most MOST_TRIED of them scored."""
+    torch.manual_seed(0)
+    good, task = sp.SoftPrompt.load(library / "good").vectors, make_task()
+    heaps = [good, torch.randn(4, 32), torch.randn(4, 32)]
+    for number in range(30):
+        vectors = heaps[number % 3] + 0.02 * torch.randn(4, 32)
+        sp.SoftPrompt(vectors, task.template).save(tmp_path / f"prompt{number:02d}")
+    scored = []
+    whole = transfer._loss
+    monkeypatch.setattr(transfer, "_loss", lambda *given: scored.append(1) or whole(*given))
+    vectors, said = best_start(backbone, task, tmp_path, torch.zeros(4, 32))
+    assert len(scored) <= 1 + transfer.MOST_TRIED and "30 prompts, by groups of like ones" in said
+    assert torch.nn.functional.cosine_similarity(vectors.mean(0), good.mean(0), dim=0) > 0.99
 
 
 def test_no_library(backbone, tmp_path):

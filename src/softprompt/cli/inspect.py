@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError, SoftPromptError
 from .command import command
+from .inspect_show import show
 from .looking import DATA, LIMIT, SPLIT, load_prompts, rows_of, stages
 from .options import DEVICE, FORMAT, MODEL, PRECISION, THREADS, load_backbone
 from .output import Output
@@ -16,6 +17,8 @@ from .output import Output
 if TYPE_CHECKING:
     from ..backbone import Backbone
     from ..inspection.inspecting import Inspection
+    from ..inspection.projection import Projection
+    from ..inspection.similarity import Similarity
     from ..prompt import SoftPrompt
 
 CHANGES = ("left_out", "first", "shuffled")
@@ -83,11 +86,13 @@ def inspect(
         if backbone is None:
             each.notes = [n.replace("the model was not given", f"no model ({why})") for n in each.notes]
         found.append(each)
-        _show(out, each)
-    if report is not None or pictures is not None:
-        _write(out, report, pictures, found, backbone)
+        show(out, each)
+    together, alike = _compared(found, backbone) if len(found) > 1 else (None, None)
+    _write(out, report, pictures, found, together, alike)
     documents = [each.to_dict() for each in found]
-    out.document({**documents[0], "report": report and str(report)} if len(documents) == 1 else {"prompts": documents})
+    place = {"report": report and str(report)}
+    pairs = {"together": together and together.to_dict(), "similarity": alike and alike.to_dict()}
+    out.document({**documents[0], **place} if len(documents) == 1 else {"prompts": documents, **pairs, **place})
 
 
 def _changes(text: str) -> tuple[str, ...]:
@@ -120,10 +125,8 @@ def _model(
         return None, str(error)
 
 
-def _write(
-    out: Output, path: Path | None, folder: Path | None, found: list[Inspection], backbone: Backbone | None
-) -> None:
-    from ..inspection.inspect_page import write_inspections, write_pictures
+def _compared(found: list[Inspection], backbone: Backbone | None) -> tuple[Projection | None, Similarity]:
+    """Several prompts in one projection, if they are of one width, and how alike they are."""
     from ..inspection.projection import project
     from ..inspection.similarity import similarity
 
@@ -134,91 +137,22 @@ def _write(
         fits = backbone is not None and backbone.width in widths
         table = backbone.embedding_table() if backbone is not None and fits else None
         together = project(flat, table, backbone.tokenizer if backbone is not None else None)
-    alike = similarity({each.name: each.prompt for each in found}, backbone) if len(found) > 1 else None
+    return together, similarity({each.name: each.prompt for each in found}, backbone)
+
+
+def _write(
+    out: Output,
+    path: Path | None,
+    folder: Path | None,
+    found: list[Inspection],
+    together: Projection | None,
+    alike: Similarity | None,
+) -> None:
+    from ..inspection.inspect_page import write_inspections, write_pictures
+
     if path is not None:
         write_inspections(path, found, together=together, similarity=alike)
         out.show(f"report {path}")
     if folder is not None:
         written = write_pictures(folder, found, together=together, similarity=alike)
         out.show(f"{len(written)} pictures in {folder}")
-
-
-def _show(out: Output, found: Inspection) -> None:
-    from ..inspection.findings import answers, facts
-    from .scores import table
-
-    out.show(f"{found.name}: " + ", ".join(f"{what} {value}" for what, value in facts(found)))
-    out.show(_token_table(found))
-    for measure, stick in found.yardsticks.items():
-        words, chance = stick.words, stick.chance
-        out.show(
-            f"near by {measure}: a word and its nearest other word {words[1]:.3g} (nine in ten {words[0]:.3g} to "
-            f"{words[2]:.3g}), a soft token and a word by chance {chance[1]:.3g} ({chance[0]:.3g} to {chance[2]:.3g})"
-        )
-    if found.lengths:
-        out.show(f"norm of a word: {found.lengths.mean:.3g} ({found.lengths.low:.3g} to {found.lengths.high:.3g})")
-    for _, sentence in answers(found):
-        out.show(sentence)
-    if found.importance and (found.importance.first or found.importance.shuffled):
-        shown = table("what is left", "accuracy", "loss", "difference", "p", "loss of the answer")
-        for row in _changed(found):
-            shown.add_row(*row)
-        out.show(shown)
-    if found.deep and found.deep.words:
-        out.show(_layer_table(found))
-    if found.notes:
-        out.show("not shown: " + "; ".join(found.notes))
-    out.show("")
-
-
-def _token_table(found: Inspection) -> Any:
-    from .scores import table
-
-    near = found.near.get("cosine")
-    columns = ["token", "norm"]
-    columns += ["moved", "cosine with start"] if found.moved else []
-    left_out = found.importance is not None and bool(found.importance.left_out)
-    choosing = left_out and found.importance is not None and found.importance.whole.choices is not None
-    columns += ["loss without it", "+- 2 errors"] if left_out else []
-    columns += ["of the answer"] if choosing else []
-    columns += ["attention"] if found.attention else []
-    columns += ["nearest words (cosine)"] if near else []
-    shown = table(*columns)
-    if near:
-        shown.columns[-1].justify, shown.columns[-1].no_wrap, shown.columns[-1].overflow = "left", False, "fold"
-    looked = found.attention.tokens.mean(dim=0).tolist() if found.attention else []
-    for token in range(found.prompt.tokens):
-        cells = [str(token), f"{float(found.norms[token]):.3g}"]
-        if found.moved:
-            distance, cosine = found.moved[token]
-            cells += [f"{distance:.3g}", "-" if cosine is None else f"{cosine:.3f}"]
-        if found.importance is not None and left_out:
-            cells += [f"{found.importance.of_token[token]:+.4f}", f"{2 * found.importance.errors[token]:.4f}"]
-            cells += [f"{found.importance.of_answer[token]:+.4f}"] if choosing else []
-        if looked:
-            cells.append(f"{looked[token]:.4f}")
-        if near:
-            cells.append("  ".join(f"{word.text!r} {word.similarity:.2f}" for word in near[token]))
-        shown.add_row(*cells)
-    return shown
-
-
-def _changed(found: Inspection) -> list[tuple[str, ...]]:
-    from ..inspection.inspect_page import changes
-
-    return [
-        (row["name"], row["accuracy"], row["loss"], row["difference"], row["p"], row["answer"])
-        for row in changes(found.importance)
-    ]
-
-
-def _layer_table(found: Inspection) -> Any:
-    """The first word of each token's values, layer by layer, for as many tokens as fit."""
-    from .scores import table
-
-    assert found.deep is not None
-    most = min(found.prompt.tokens, 8)
-    shown = table("layer", *(f"token {token}" for token in range(most)))
-    for number, layer in enumerate(found.deep.words):
-        shown.add_row(str(number), *(repr(layer[token][0].text) if layer[token] else "-" for token in range(most)))
-    return shown

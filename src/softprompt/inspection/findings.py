@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from .inspecting import Inspection
 from .words import Vocabulary
 
@@ -24,7 +26,7 @@ def facts(found: Inspection) -> list[tuple[str, str]]:
 
 def answers(found: Inspection) -> list[tuple[str, str]]:
     """(question, answer) of all that was measured, the most telling first."""
-    return [*_of_importance(found), *_of_attention(found), *_of_words(found)]
+    return [*_of_importance(found), *_of_attention(found), *_of_words(found), *_of_gradients(found)]
 
 
 def _of_words(found: Inspection) -> list[tuple[str, str]]:
@@ -45,7 +47,8 @@ def _of_words(found: Inspection) -> list[tuple[str, str]]:
         said.append(
             (
                 "Is it still the word that it started from?",
-                f"For {words.survived_share:.0%} of the tokens the nearest word is still the one they started from.",
+                f"For {words.survived_share:.0%} of the tokens the nearest word is still the one they started from"
+                f"{_left(found, words)}.",
             )
         )
     if found.clusters and found.clusters.tightness is not None and found.clusters.by_chance is not None:
@@ -60,6 +63,40 @@ def _of_words(found: Inspection) -> list[tuple[str, str]]:
     if words is not None:
         said += _of_task(words)
     return said
+
+
+def _left(found: Inspection, words: Vocabulary) -> str:
+    """Which words of the start are still nearest, or which are not: whichever is fewer."""
+    stayed = dict(words.survived)
+    gone = [i for i in range(found.prompt.tokens) if i not in stayed]
+    if not gone or not stayed:
+        return ""
+    fewer, what = (gone, "no longer") if len(gone) <= len(stayed) else (sorted(stayed), "these")
+    begun = found.begun or [""] * found.prompt.tokens
+    some = ", ".join(f"token {i} (“{begun[i].strip()}”)" for i in fewer[:8])
+    return f"; {what}: {some}" + (f" and {len(fewer) - 8} more" if len(fewer) > 8 else "")
+
+
+def _of_gradients(found: Inspection) -> list[tuple[str, str]]:
+    steps, norms = found.gradient_history()
+    if len(steps) < 2 or not np.isfinite(norms).any():
+        return []
+    tenth = max(1, len(steps) // 10)
+    first, last = (float(np.nanmean(part)) for part in (norms[:tenth], norms[-tenth:]))
+    of_token = np.nanmean(norms, axis=0)
+    most, least = int(np.nanargmax(of_token)), int(np.nanargmin(of_token))
+    return [
+        (
+            "How strongly was it pulled in tuning?",
+            f"The gradient of a token was {first:.3g} on average in the first {_steps(tenth)} and {last:.3g} in the "
+            f"last, over all {len(steps):,} largest for token {most} ({of_token[most]:.3g}), smallest for token "
+            f"{least} ({of_token[least]:.3g}).",
+        )
+    ]
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} steps" if count > 1 else "step"
 
 
 def _of_task(words: Vocabulary) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import pictures, plots
-from .history import at_steps, token_series
 from .importance import Importance
 from .inspecting import Inspection
 from .similarity import MEASURES, Similarity
@@ -65,7 +64,7 @@ def _of_vectors(found: Inspection, key: str) -> Drawn:
             "gradients",
             plots.token_map(
                 f"{key}-gradients",
-                *token_series(at_steps(found.events, "step"), "token_gradient_norms", prompt.tokens),
+                *found.gradient_history(),
                 "gradient norm",
                 "How strongly the data pulled at each soft token during tuning.",
                 logarithmic=True,

@@ -4,6 +4,7 @@ is left out, and a note says why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..prompt import SoftPrompt, by_token
 from . import words as meaning
 from .attending import Attention, answer_attention
 from .deep import DeepView, look_inside
+from .history import Array, at_steps, thin, token_series
 from .importance import Importance, importance
 from .measuring import Progress
 from .nearest import MEASURES, Lengths, Neighbour, movement, nearest_tokens, vocabulary_lengths
@@ -27,6 +29,7 @@ from .projection import Projection, project
 from .starting import initial_vectors, run_events
 
 ROWS, NEIGHBOURS = 100, 5
+MOST_STEPS = 400  # of the gradients in the JSON
 Stage = Callable[[str, int, int], None]  # what is measured, rows done, rows in all
 
 
@@ -83,9 +86,20 @@ class Inspection:
             "movement": [{"distance": d, "cosine": c} for d, c in self.moved],
             "importance": self.importance.to_dict() if self.importance else None,
             "attention": self.attention.to_dict() if self.attention else None,
+            "gradients": self._gradients(),
             "deep": self.deep.to_dict() if self.deep else None,
             "projection": self.projection.to_dict() if self.projection else None,
         }
+
+    def gradient_history(self) -> tuple[Array, Array]:
+        """(steps [S], gradient norm of each soft token [S, P]) as the run wrote them; S is 0 without a run."""
+        return token_series(at_steps(self.events, "step"), "token_gradient_norms", self.prompt.tokens)
+
+    def _gradients(self) -> dict[str, Any] | None:
+        """Means over neighbouring steps where there are very many."""
+        steps, norms = thin(*self.gradient_history(), MOST_STEPS)
+        plain = [[None if math.isnan(value) else value for value in row] for row in norms.tolist()]
+        return {"steps": [int(step) for step in steps], "norms": plain} if len(steps) else None
 
     def save(self, path: str | Path) -> Path:
         """Write the report: one HTML file that needs nothing else. Raises OutputError."""

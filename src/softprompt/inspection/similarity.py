@@ -95,7 +95,7 @@ def similarity(
     flat = [by_token(prompt.vectors).float() for prompt in found.values()]
     alike = _comparable(list(found.values()))
     matrices = {
-        "pooled": _pairs(flat, alike, lambda a, b: _cosine(a.mean(dim=0), b.mean(dim=0))),
+        "pooled": pooled_matrix(flat, alike),
         "tokens": _pairs(flat, alike, lambda a, b: float(nearness(a, b, "cosine").nanmean())),
         "matched": _pairs(flat, alike, matched),
     }
@@ -144,6 +144,12 @@ def _pairs(
             if alike(i, j):
                 matrix[i, j] = matrix[j, i] = measure(flat[i], flat[j])
     return matrix
+
+
+def pooled_matrix(flat: Sequence[Tensor], alike: Callable[[int, int], bool] = lambda i, j: True) -> Array:
+    """Cosine of the mean vectors of each pair (SPoT): tokens [P, H] of each prompt -> [N, N], NaN where not alike."""
+    means = [tokens.mean(dim=0) for tokens in flat]
+    return _pairs(means, alike, _cosine)
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -35,9 +35,11 @@ def initial_vectors(
     tuning = _tuning(prompt)
     if not tuning:
         return None, "how the prompt was made is not known"
+    if prompt.kind != "embedding":
+        return None, "where a deep prompt started is only in its run folder; give it (--run)"
     if table is None or backbone is None or (prompt.fingerprint and prompt.fingerprint != backbone.fingerprint):
         return None, "the model that it was tuned on was not given"
-    if prompt.kind != "embedding" or str(tuning.get("init", "")).startswith("prompt"):
+    if str(tuning.get("init", "")).startswith("prompt"):
         return None, "it did not start from words; give its run folder"
     try:
         vectors, said = initialise(

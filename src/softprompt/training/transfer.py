@@ -1,8 +1,10 @@
 """Start from another task's prompt: the idea of SPoT (Vu et al. 2022, arXiv:2110.07904).
 
 SPoT picks the source by how similar the prompts of the two tasks are, which takes a tuned prompt of the new task first.
-Here every candidate is simply tried: its loss on rows of the new task says how good a start it is, at the price of a
-short evaluation each, and the ordinary start is one of the candidates.
+Here every candidate is simply tried: its loss on rows of the new task (the cross-task loss of `softprompt similarity`)
+says how good a start it is, at the price of a short evaluation each, and the ordinary start is one of the candidates.
+Of a library too large for that, prompts are put in groups of like ones (SPoT's pooled cosine): the middle one of each
+is tried, then the others of the group that did best.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ..fileformat import is_prompt_folder, load_prompt
 
 log = logging.getLogger(__name__)
 ROWS = 64  # of the new task that each candidate is tried on
+MOST_TRIED = 16  # prompts; a larger library is tried by groups of like ones, at most half of it for the groups
 AUTO = "auto:"
 
 
@@ -54,16 +57,36 @@ def best_start(
         raise ConfigError(f"there is no folder {library} of prompts to start from; name one, as init=auto:prompts")
     rows = (task.validation if len(task.validation) else task.train).take(ROWS, seed=0)
     tried = [Candidate("the ordinary start", ordinary, _loss(backbone, rows, ordinary, max_tokens))]
-    for path in sorted(entry for entry in folder.iterdir() if is_prompt_folder(entry)):
-        vectors = _usable(backbone, path, ordinary)
-        if vectors is not None:
-            tried.append(Candidate(str(path), vectors, _loss(backbone, rows, vectors, max_tokens)))
+    found = [(path, _usable(backbone, path, ordinary)) for path in sorted(folder.iterdir()) if is_prompt_folder(path)]
+    usable = [(str(path), vectors) for path, vectors in found if vectors is not None]
+    tried += _try(backbone, rows, usable, max_tokens)
     best = min(tried, key=lambda each: each.loss)
     losses = ", ".join(f"{each.name} {each.loss:.3f}" for each in sorted(tried, key=lambda each: each.loss)[:4])
+    sifted = f"; {len(usable)} prompts, by groups of like ones" if len(usable) >= len(tried) else ""
     return (
         best.vectors,
-        f"{best.name}, the best of {len(tried)} starts on {len(rows)} rows of the task (loss: {losses})",
+        f"{best.name}, the best of {len(tried)} starts on {len(rows)} rows of the task (loss: {losses}{sifted})",
     )
+
+
+def _try(
+    backbone: Backbone, rows: Split, usable: list[tuple[str, torch.Tensor]], max_tokens: int | None
+) -> list[Candidate]:
+    """Candidates with their loss: all of them, or of more than MOST_TRIED the middle ones of groups of like prompts,
+    then those of the best group that are most like its middle one."""
+
+    def tried(number: int) -> Candidate:
+        name, vectors = usable[number]
+        return Candidate(name, vectors, _loss(backbone, rows, vectors, max_tokens))
+
+    if len(usable) <= MOST_TRIED:
+        return [tried(number) for number in range(len(usable))]
+    from ..inspection.grouping import groups
+
+    alike = groups([vectors for _, vectors in usable], MOST_TRIED // 2)
+    middle = [tried(group[0]) for group in alike]
+    best = min(range(len(alike)), key=lambda number: middle[number].loss)
+    return middle + [tried(number) for number in alike[best][1 : 1 + MOST_TRIED - len(middle)]]
 
 
 def _usable(backbone: Backbone, path: Path, like: torch.Tensor) -> torch.Tensor | None:
