@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import httpx
@@ -287,6 +288,26 @@ def test_what_was_begun_is_finished_and_nothing_new_is_taken(backbone, library):
                 assert other.get("/ready").status_code == 503
             assert [line for line in lines if line][-1] == "data: [DONE]"
         until(lambda: not server.thread.is_alive())
+
+
+def test_what_is_not_finished_in_time_is_told_so_and_ends(backbone, library):
+    body = {**LONG, "max_tokens": 10**6, "model": "base"}
+    with serving(make_backbone(context=100_000), library, drain=0) as server:
+        with (
+            ThreadPoolExecutor(1) as pool,
+            server.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as got,
+        ):
+            lines = got.iter_lines()
+            next(lines)
+            whole = pool.submit(httpx.post, server.url + "/v1/completions", json=body, timeout=60)
+            until(lambda: server.service.active == 2)
+            server.server.handle_exit(signal.SIGTERM, None)
+            *_, last, done = (line for line in lines if line)
+            assert json.loads(last[6:])["error"]["code"] == "draining" and done == "data: [DONE]"
+            answer = whole.result()
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
+        until(lambda: not server.thread.is_alive())
+        assert not server.service._queues and not server.service.active
 
 
 def start(folder, model, *more):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..backbone import Backbone
 
 log = logging.getLogger("softprompt.server")
+LAST_WORDS = 2  # seconds in which a client takes what is left of its answer when the server has ended it
 
 
 def make_service(
@@ -39,8 +40,8 @@ def make_service(
 
 
 class Server(uvicorn.Server):
-    """uvicorn that ends in two steps: at the first signal no new work is taken, and it leaves when the rest is done, or
-    when `settings.drain` seconds are over; at the second signal it leaves at once."""
+    """uvicorn that ends in two steps: at the first signal no new work is taken, and it leaves when the rest is done.
+    What is not done after `settings.drain` seconds is ended, with an error. At the second signal it leaves at once."""
 
     def __init__(self, service: Service):
         settings = service.settings
@@ -54,7 +55,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=max(1, int(settings.drain)),
+                timeout_graceful_shutdown=LAST_WORDS,
                 h11_max_incomplete_event_size=32 << 10,
                 limit_concurrency=2048,
                 http="h11",
@@ -80,10 +81,18 @@ class Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        end = time.monotonic() + self.service.settings.drain
+        await self._rest(self.service.settings.drain)
+        if self.service.active:
+            log.warning("%d requests are not finished and end here", self.service.active)
+            self.service.end_all()
+            await self._rest(LAST_WORDS)
+        self.should_exit = True
+
+    async def _rest(self, seconds: float) -> None:
+        """Returns when nothing is being answered any more, or after so many seconds."""
+        end = time.monotonic() + seconds
         while self.service.active and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        self.should_exit = True
 
     @contextmanager
     def bound(self) -> Iterator[tuple[str, list[socket.socket]]]:

@@ -23,12 +23,13 @@ GRACE = 5  # seconds after which a refused client may try again while the server
 
 
 class Service:
-    """draining: no new work is taken. active: requests that are being answered."""
+    """draining: no new work is taken. over: what was under way is not waited for either. active: requests that are
+    being answered."""
 
     def __init__(self, engine: Engine, registry: Registry, settings: ServerSettings, metrics: Metrics):
         self.engine, self.registry, self.settings, self.metrics = engine, registry, settings, metrics
         self.worker = Worker(engine, self._deliver)
-        self.draining = False
+        self.draining = self.over = False
         self.active = 0
         self.started = int(time.time())
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -52,6 +53,13 @@ class Service:
         await asyncio.to_thread(self.worker.stop)
         await asyncio.to_thread(self.registry.close)
         self._encoding.shutdown(wait=False, cancel_futures=True)
+
+    def end_all(self) -> None:
+        """End what is under way: who waits for it is told that the server stops. In the event loop's thread."""
+        self.over = True
+        self.worker.cancel(list(self._queues))
+        for id, queue in self._queues.items():
+            queue.put_nowait(Event(id, finish="cancelled"))
 
     def task(self, name: str) -> Task:
         """Raises ApiError 404."""
@@ -94,10 +102,13 @@ class Service:
                 clock.saw(event)
                 if event.finish:
                     self._queues.pop(event.id)
+                    index = place.pop(event.id)
                     self.metrics.ended(event.usage, event.finish)
-                    yield place.pop(event.id), event
+                    if event.finish == "cancelled" and self.over:
+                        raise ApiError(503, "the server stopped before the answer was complete", "draining")
                     if event.finish in ("error", "cancelled"):
                         raise ApiError(500, "the server failed on this request", "internal_error")
+                    yield index, event
                 else:
                     yield place[event.id], event
         finally:
