@@ -354,3 +354,33 @@ def test_without_memory_for_a_slot_the_request_ends_and_nothing_is_left(llama, m
     assert not engine.prefixes._building and not engine._parked
     [id] = engine.submit(request)
     assert tokens_of(finish(engine, [id])[id]) == alone(llama, request)
+
+
+def steps_under_load(backbone, every: float, count: int) -> tuple[list[int], int]:
+    """Steps from submission to end of each accepted request when one comes `every` so many steps; how many were not."""
+    engine = Engine(backbone, EngineLimits(rows=4, waiting=4))
+    request = make_request(backbone, "front", 1, Settings(max_new_tokens=8))
+    came: dict[int, int] = {}
+    took, refused, step, sent = [], 0, 0, 0
+    while sent < count or engine.busy:
+        while sent < count and sent * every <= step:
+            sent += 1
+            try:
+                [id] = engine.submit(request)
+                came[id] = step
+            except QueueFullError:
+                refused += 1
+        step += 1
+        took += [step - came[event.id] for event in engine.step() if event.finish]
+    return sorted(took), refused
+
+
+def test_ten_times_too_much_load_does_not_lengthen_what_is_accepted(llama):
+    """In steps, so that no clock decides: four rows that take eight steps each end one request in two steps."""
+    at_capacity, none = steps_under_load(llama, 2.0, 60)
+    assert none == 0 and at_capacity[-1] <= 10
+    twice, some = steps_under_load(llama, 1.0, 80)
+    ten_times, most = steps_under_load(llama, 0.2, 400)
+    p95 = [took[int(0.95 * len(took))] for took in (twice, ten_times)]
+    assert p95[1] <= p95[0] + 1 and ten_times[-1] <= 2 * 8 + 2  # a queue as long as the rows: twice the time alone
+    assert some and most > 0.8 * 400 and len(ten_times) + most == 400
