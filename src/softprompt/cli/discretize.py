@@ -43,6 +43,8 @@ def discretize(
     if measure not in ("cosine", "euclidean", "dot"):
         raise ConfigError(f"measure: expected cosine, euclidean or dot, found '{measure}'")
     soft = next(iter(load_prompts([prompt]).values()))
+    if soft.kind != "embedding":
+        raise ConfigError("discretize: a deep prompt stands in no vocabulary; expected a prompt of kind embedding")
     task = task_of(out, data, soft, format, validation, test)
     backbone = load_backbone(out, model, soft, precision, device, threads)
     from ..inspection.discretize import discretize as to_text
