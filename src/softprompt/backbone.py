@@ -13,6 +13,7 @@ import torch
 
 from .attention import Pass, StateCache, one_at_a_time, rows_in_line
 from .errors import BackboneError, BackboneMismatchError
+from .few_rows import few_rows_at_once
 from .prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ class Backbone:
         wanted: places in the line [A] whose last hidden states alone are wanted (none, where only keys and values are):
         -> [A, H]. Nothing reads the others in the last layer, so its MLP is then computed for these alone.
         """
-        with rows_in_line(self.model, rows), _mlp_of(self._last_mlp, wanted):
+        with rows_in_line(self.model, rows), few_rows_at_once(self.model), _mlp_of(self._last_mlp, wanted):
             body = self.model.base_model
             out = body(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)
         states: torch.Tensor = out.last_hidden_state[0]

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from ..attention import _KNOWN, UnsupportedAttentionError, one_at_a_time
 from ..backbone import Backbone
+from ..few_rows import few_rows_at_once
 from .slots import Pool, Slot
 
 NAME = "softprompt_slots"
@@ -159,7 +160,7 @@ def hidden_states(
     backbone: Backbone, embeddings: torch.Tensor, positions: torch.Tensor, parts: Sequence[Single | Several]
 ) -> torch.Tensor:
     """Last hidden states of all tokens in line: embeddings [N, H], positions [N] -> [N, H]. Writes the slots."""
-    with _in_slots(backbone.model, parts):
+    with _in_slots(backbone.model, parts), few_rows_at_once(backbone.model):
         out = backbone.model.base_model(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)
     states: torch.Tensor = out.last_hidden_state[0]
     return states
