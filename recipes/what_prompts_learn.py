@@ -2,6 +2,7 @@
 
     python recipes/what_prompts_learn.py tune --data ../shared/data --out learned     # an hour on one core
     python recipes/what_prompts_learn.py look --data ../shared/data --out learned     # another one
+    python recipes/what_prompts_learn.py deep --out learned --demo demo          # after `softprompt demo --out demo`
     python recipes/what_prompts_learn.py publish --out learned                   # tables, docs/results/inspect
 
 The data folder holds trec/train.jsonl, trec/validation.jsonl, trec/test.jsonl and so on, each line a JSON object with
@@ -58,15 +59,16 @@ COMMON = {"tokens": 20, "validation_rows": 100, "test_rows": 300}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tune", "look", "publish"])
+    parser.add_argument("what", choices=["tune", "look", "deep", "publish"])
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets")
     parser.add_argument("--out", type=Path, default=Path("learned"))
     parser.add_argument("--only", default=",".join(TASKS), help="tasks, with commas")
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of the demo, for deep")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    if given.what == "publish":
-        publish(given)
+    if given.what in ("publish", "deep"):
+        (publish if given.what == "publish" else deep)(given)
         return
     for name in given.only.split(","):
         (tune if given.what == "tune" else look)(name, given)
@@ -174,6 +176,45 @@ def changes(given: argparse.Namespace) -> None:
         "size": {n: float((x.norm(dim=1) / looked[n].initial.norm(dim=1)).mean()) for n, x in moved.items()},
     }
     (given.out / "results" / "changes.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+
+
+def deep(given: argparse.Namespace) -> None:
+    """What the values of the demo's deep prompt say before and after tuning, and of what tuning added."""
+    import torch
+
+    import softprompt as sp
+    from softprompt.inspection.lens import value_words
+
+    backbone = sp.Backbone.load(MODEL, precision="float32")
+    found = sp.inspect(given.demo / "prompts" / "sentiment", backbone, run=given.demo / "runs" / "sentiment")
+    if found.initial is None or found.deep is None:
+        sys.exit(f"no deep prompt with its run in {given.demo}: " + "; ".join(found.notes))
+    vectors, start = found.prompt.vectors, found.initial
+    added = vectors - start
+    noise = torch.randn(added.shape, generator=torch.Generator().manual_seed(0))
+    noise = noise * added.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    of_labels, of_films = ("negativ", "positiv"), ("movie", "film", "review", "cinema", "actor")
+    looked = {"start": start, "tuned": vectors, "added": added, "noise of the same lengths": noise}
+    said = {what: value_words(backbone, states, 5) for what, states in looked.items()}
+
+    def places(what: str, stems: tuple[str, ...]) -> list[tuple[int, int, str]]:
+        return [
+            (layer, token, word.text)
+            for layer, tokens in enumerate(said[what])
+            for token, row in enumerate(tokens)
+            for word in row
+            if word.text.strip().lower().startswith(stems)
+        ]
+
+    tokens = vectors.shape[3]
+    same = [sum(a[i][0].id == b[i][0].id for i in range(tokens)) / tokens for a, b in zip(said["start"], said["tuned"])]
+    result = {
+        "labels": {what: places(what, of_labels) for what in said},
+        "films": {what: places(what, of_films) for what in said},
+        "first_word_as_at_the_start": same,
+        "moved": [[float(part.mean()) for part in layer] for layer in found.deep.moved],
+    }
+    (given.out / "results" / "deep-values.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
 
 
 def publish(given: argparse.Namespace) -> None:

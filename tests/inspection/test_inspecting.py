@@ -200,12 +200,20 @@ def test_a_deep_prompt_is_seen_by_layer(tmp_path: Path) -> None:
     assert found.deep.norms[2, 0, 1] == pytest.approx(float(vectors[2, 0, :, 1].norm()))
     assert found.deep.moved is not None
     assert (found.deep.moved > 0).nonzero().tolist() == [[1, 1, 2]]
+    assert [distance > 0 for distance, _ in found.moved] == [False, False, True]
     assert found.importance is not None and len(found.importance.of_token) == 3
     assert found.attention is not None and found.attention.tokens.shape == (3, 3)
     assert len(found.deep.words) == 3
     page = read(found.save(tmp_path / "report.html"))
     assert "layer by layer" in page.text
     json.dumps(found.to_dict())
+    alone = sp.inspect(prompt_of(backbone, vectors), backbone)
+    assert alone.deep is not None and alone.deep.moved is None
+    assert any("run folder" in note for note in sp.inspect(_known(backbone, vectors), backbone).notes)
+
+
+def _known(backbone: sp.Backbone, vectors: torch.Tensor) -> SoftPrompt:
+    return renamed(prompt_of(backbone, vectors), provenance={"run": {"tuning": {"init": "text", "tokens": 3}}})
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

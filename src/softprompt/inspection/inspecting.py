@@ -146,8 +146,8 @@ def inspect(
         found.notes.append(f"movement from the start: {found.start}")
         found.start = ""
     sample = data.take(rows, seed=seed) if data is not None else None
+    found.moved = movement(prompt.vectors, found.initial)
     if prompt.kind == "embedding":
-        found.moved = movement(prompt.vectors, found.initial)
         _attempt(found, "projection", lambda: _project(found, table, backbone))
         if table is not None and backbone is not None:
             _look_at_words(found, table, backbone.tokenizer, neighbours, data)
