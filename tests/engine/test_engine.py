@@ -17,7 +17,7 @@ from engine_material import (
 
 from softprompt.engine import engine as engine_module
 from softprompt.engine.engine import Engine, EngineLimits
-from softprompt.engine.requests import EngineError, QueueFullError, Request, Settings, TooLongError
+from softprompt.engine.requests import EngineError, QueueFullError, Request, Settings, TooLongError, TooManyError
 from softprompt.evaluation.scoring import score_labels
 from softprompt.placement import embed_with_soft
 from tiny_models import ARCHITECTURES
@@ -302,6 +302,8 @@ def test_the_queue_is_bounded_and_takes_all_or_none(llama):
     engine.submit([request] * 4)
     with pytest.raises(QueueFullError, match="4 requests wait already, at most 3 may"):
         engine.submit([request] * 2)
+    with pytest.raises(TooManyError, match="6 requests at once, at most 5 are taken"):
+        engine.submit([request] * 6)
     assert engine.waiting == 4
     finish(engine, [])
     engine.submit([request] * 5)

@@ -11,11 +11,13 @@ from urllib.parse import quote
 import httpx
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save
 from server_material import SENTIMENT, at_rest, make_backbone, make_prompt, serving, until
 
 from softprompt.engine.engine import EngineLimits
 from softprompt.errors import ConfigError
+from softprompt.server import schemas
 from softprompt.server.guard import known
 from softprompt.server.settings import Limits, ServerSettings, hash_key, is_local, read_keys
 
@@ -96,6 +98,31 @@ BAD = [
 def test_values_that_make_no_sense_are_refused(server, body):
     check_error(server.client.post("/v1/completions", json={"model": "base", "prompt": "x", **body}), 400)
     well(server)
+
+
+MANY = 100_000
+ENDLESS = [
+    (schemas.CompletionRequest, {"prompt": [1.5] * MANY}),
+    (schemas.CompletionRequest, {"prompt": [[]] * MANY + [{}]}),
+    (schemas.CompletionRequest, {"prompt": [[{}] * MANY] * 9}),
+    (schemas.CompletionRequest, {"prompt": [1] * 300_000}),
+    (schemas.CompletionRequest, {"prompt": "x", "stop": [1] * MANY}),
+    (schemas.CompletionRequest, {"prompt": "x", "logit_bias": {str(i): "x" for i in range(MANY)}}),
+    (schemas.ChatRequest, {"messages": [{}] * MANY}),
+    (schemas.ChatRequest, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+    (schemas.ClassifyRequest, {"input": [1] * MANY}),
+    (schemas.ClassifyRequest, {"model": [""] * MANY, "input": "x"}),
+    (schemas.ClassifyRequest, {"fields": [{"a": 1}] * MANY}),
+    (schemas.ClassifyRequest, {"fields": {str(i): 1 for i in range(MANY)}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), ENDLESS, ids=range(len(ENDLESS)))
+def test_what_is_wrong_many_times_is_looked_at_once(kind, body):
+    """A million things to say about one body would keep the server from all others for a minute."""
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate({"model": "base", **body})
+    assert error.value.error_count() <= 10
 
 
 RAW = [

@@ -32,6 +32,7 @@ from server_material import (
 
 import softprompt as sp
 from softprompt.engine.engine import EngineLimits
+from softprompt.server.streaming import EventStream
 
 LONG = {"model": "writer", "prompt": "a long text", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
 
@@ -242,12 +243,31 @@ def test_more_than_can_wait_is_refused_and_tried_again(backbone, library):
                 return await asyncio.gather(*calls)
 
         assert len(asyncio.run(patient())) == 8
-        with (
-            pytest.raises(openai.RateLimitError) as error,
-            openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client,
-        ):
-            client.completions.create(model="writer", prompt=["x"] * 20)
-        assert error.value.code == "queue_full"
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+            with pytest.raises(openai.BadRequestError) as error:  # for which there is never room
+                client.completions.create(model="writer", prompt=["x"] * 20)
+            assert error.value.code == "too_many_texts"
+
+
+def test_a_client_that_does_not_read_is_given_up():
+    ended = []
+
+    async def chunks():
+        try:
+            while True:
+                yield {"text": "x"}
+        finally:
+            ended.append(True)
+
+    async def never(*_):
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await never()
+
+    asyncio.run(asyncio.wait_for(EventStream(chunks(), 0.01)({}, never, send), 60))
+    assert ended == [True]
 
 
 # --- figures and pages ------------------------------------------------------------------------------------------------

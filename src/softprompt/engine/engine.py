@@ -24,7 +24,7 @@ from ..rotary import can_move
 from .compute import Piece, compute, label_scores, logits_in_pieces, skip_deep
 from .plain import PlainRow
 from .prefixes import Key, PrefixCache
-from .requests import EngineError, Event, QueueFullError, Request, TooLongError
+from .requests import EngineError, Event, QueueFullError, Request, TooLongError, TooManyError
 from .running import Running
 from .scheduler import FairQueue, share
 from .slots import SlotCache
@@ -77,11 +77,14 @@ class Engine:
     def submit(self, requests: Request | Iterable[Request]) -> list[int]:
         """Take requests, all or none; their ids.
 
-        Raises QueueFullError, TooLongError (no room for an answer), EngineError (a deep prompt where it cannot stand).
+        Raises QueueFullError, TooManyError (more than can ever wait), TooLongError (no room for an answer), EngineError
+        (a deep prompt where it cannot stand).
         """
         given = [requests] if isinstance(requests, Request) else list(requests)
         for request in given:
             self._check(request)
+        if len(given) > (most := self.limits.waiting + self.limits.rows):
+            raise TooManyError(f"{len(given)} requests at once, at most {most} are taken; submit fewer")
         tokenizer, context = self.backbone.tokenizer, self.backbone.context_length
         rows = [Running(0, request, tokenizer, context) for request in given]
         with self._lock:

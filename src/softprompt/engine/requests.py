@@ -23,6 +23,10 @@ class QueueFullError(EngineError):
     """As many requests wait as may wait; try again later."""
 
 
+class TooManyError(EngineError):
+    """More requests at once than an idle engine takes; waiting does not help."""
+
+
 class TooLongError(SoftPromptError, ValueError):
     """A text leaves no room for an answer within the model's context."""
 

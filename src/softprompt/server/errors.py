@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ..engine.requests import EngineError, QueueFullError, TooLongError
+from ..engine.requests import EngineError, QueueFullError, TooLongError, TooManyError
 from ..engine.tasks import AskedWrongError
 from ..errors import ConfigError, SoftPromptError
 
@@ -60,6 +60,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, QueueFullError):
         headers = {"Retry-After": "1"}
         return ApiError(429, "too many requests are waiting; try again later", "queue_full", headers=headers)
+    if isinstance(error, TooManyError):  # an error of its own: who tried again would never succeed
+        return ApiError(400, "texts times choices are more than can be under way here; send fewer", "too_many_texts")
     if isinstance(error, TooLongError):
         return ApiError(400, str(error), "context_length_exceeded", "messages_or_prompt")
     if isinstance(error, AskedWrongError):

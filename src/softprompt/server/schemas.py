@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NAME_LENGTH = 200
 INT64 = (1 << 63) - 1
+LONGEST, WIDEST = 1 << 18, 1 << 10  # entries of a list (tokens, mostly) and of an object; Limits are much lower
 
 
 def _no_bool(value: Any) -> Any:
@@ -19,6 +20,19 @@ def _no_bool(value: Any) -> Any:
 
 Number = Annotated[int, BeforeValidator(_no_bool)]
 Real = Annotated[Finite, BeforeValidator(_no_bool)]
+
+
+def _not_endless(value: Any) -> Any:
+    if isinstance(value, (list, dict)) and len(value) > (LONGEST if isinstance(value, list) else WIDEST):
+        raise ValueError("it has too many entries")
+    return value
+
+
+# A body of some megabytes may hold a million values that are all wrong: to say what is wrong with each would keep the
+# server from everything else for a minute. The first one is enough, and what is too long is not looked at.
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True), BeforeValidator(_not_endless)]
+Named = Annotated[dict[str, T], BeforeValidator(_not_endless)]
 
 
 class _Asked(BaseModel):
@@ -41,21 +55,21 @@ class Sampled(_Asked):
     presence_penalty: Annotated[Real, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Real, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Real, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[Real, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Named[Annotated[Real, Field(ge=-100, le=100)]] | None = None
     n: Annotated[Number, Field(ge=1)] | None = 1
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     seed: Annotated[Number, Field(ge=-INT64, le=INT64)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[Number, Field(ge=1, le=INT64)] | None = None
     ignore_eos: bool | None = False
     fields: Annotated[
-        dict[str, str] | None, Field(description="A value for each field of the task's template, in place of a text.")
+        Named[str] | None, Field(description="A value for each field of the task's template, in place of a text.")
     ] = None
 
 
 class CompletionRequest(Sampled):
-    prompt: str | list[str] | list[Number] | list[list[Number]] | None = None
+    prompt: str | Many[str] | Many[Number] | Many[Many[Number]] | None = None
     echo: bool | None = False
     logprobs: Annotated[Number, Field(ge=0)] | None = None
     best_of: Number | None = None
@@ -75,7 +89,7 @@ class TextPart(_Asked):
 
 class Message(_Asked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
 
     @property
     def text(self) -> str:
@@ -83,14 +97,14 @@ class Message(_Asked):
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[Message], Field(min_length=0)] = []
+    messages: Many[Message] = []
     logprobs: bool | None = False
     top_logprobs: Annotated[Number, Field(ge=0)] | None = None
     max_completion_tokens: Annotated[Number, Field(ge=1, le=INT64)] | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: Many[str] | None = None
     audio: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -106,9 +120,9 @@ Reference = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH)]
 class ClassifyRequest(_Asked):
     """One text or several, and one task or several: every text is classified by every task."""
 
-    model: Annotated[Reference | list[Reference], Field(description="A task with labels, or several.")]
-    input: str | list[str] | None = None
-    fields: dict[str, str] | list[dict[str, str]] | None = None
+    model: Annotated[Reference | Many[Reference], Field(description="A task with labels, or several.")]
+    input: str | Many[str] | None = None
+    fields: Named[str] | Many[Named[str]] | None = None
 
     @model_validator(mode="after")
     def _something_to_read(self) -> ClassifyRequest:
