@@ -53,6 +53,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 ROWS = {"agnews": 16, "banking77": 12}  # that importance and attention are measured on; others 32
+SMALLER = ("projection", "report", "run", "prompt", "made")  # left out of what is published: large, or names of files
 CONTROLS = ("sst2-random",)  # in a folder of their own, not among the prompts that are compared
 COMMON = {"tokens": 20, "validation_rows": 100, "test_rows": 300}
 
@@ -223,7 +224,7 @@ def publish(given: argparse.Namespace) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (given.out / "results").glob("*.json")}
     for name, document in sorted(found.items()):
-        small = {key: value for key, value in document.items() if key not in ("projection", "report", "run", "prompt")}
+        small = {key: value for key, value in document.items() if key not in SMALLER}
         for part in ("nearest",) if isinstance(small.get("nearest"), dict) else ():
             small[part] = {"cosine": small[part]["cosine"]}
         for split in ("validation", "test"):
