@@ -256,7 +256,7 @@ def keep_texts(
     if not missing:
         return True
     shared = shared_states(backbone, rows[0].ids[:start], None, cache)
-    sample = shared if shared.size else _compute_texts(backbone, rows[:1], start, [start + 1], shared)[0]
+    sample = shared if shared.size else _compute_texts(backbone, [rows[missing[0]]], start, [start + 1], shared)[0]
     if not cache.plan(sum(ends[i] - start for i in missing), sample):
         return False
     for batch in _in_order(missing, [end - start for end in ends], micro_batch_tokens):

@@ -12,8 +12,8 @@ import torch
 import softprompt as sp
 from softprompt.errors import ConfigError, DataError, TrainingError
 from softprompt.training.config import TuneConfig
-from softprompt.training.few import FEW, FOLDS, STEPS, Folds, few_config, fold_rows, fold_tasks, folds_of, tune_few
-from softprompt.training.loop import Validation
+from softprompt.training.few import FEW, FOLDS, Folds, few_config, fold_rows, fold_tasks, folds_of, tune_few
+from softprompt.training.loop import LEAST, Validation, planned_steps
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 BASE = dict(tokens=4, steps=8, batch_size=6, learning_rate=0.5, validate_every=2, checkpoint_every=3, init="random")
@@ -99,12 +99,19 @@ def test_folds_and_validation_rows(backbone):
         sp.tune(backbone, make_task(20, validation=4), **BASE, folds=3)
 
 
+def test_two_epochs_of_few_rows_are_not_too_few_steps():
+    assert planned_steps(TuneConfig(), 26) == LEAST
+    assert planned_steps(TuneConfig(), 2000) == 250
+    assert planned_steps(TuneConfig(epochs=2), 26) == 3  # who says how many gets as many
+    assert planned_steps(TuneConfig(steps=4, epochs=9), 26) == 4
+
+
 def test_how_many_steps():
-    assert few_config(TuneConfig(), 32).steps == STEPS
+    assert few_config(TuneConfig(), 32).steps == LEAST
     assert few_config(TuneConfig(steps=7), 32).steps == 7
     assert few_config(TuneConfig(epochs=10), 32).steps == 20
     assert few_config(TuneConfig(patience=2), 32).patience is None  # of a single run: the mean has it instead
-    assert few_config(TuneConfig(), 32).validate_every == 6
+    assert few_config(TuneConfig(), 32).validate_every == 3
 
 
 # --- folds are runs of tune -----------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from .sweep_trial import DIVERGED, Trial
 
 FEW = 100  # rows; a tenth of as many, the default share for validation, would be under ten
 FOLDS = 5
-STEPS = 60  # of a run, where neither steps nor epochs say otherwise: two epochs of 32 rows would be four steps
 CHECKS = 10  # how often a run is validated
 PATIENCE = 3  # validations without a better mean, after which no fold goes on
 FOLDER = "folds"  # inside the run folder
@@ -140,10 +139,7 @@ def fold_tasks(task: Task, count: int, seed: int) -> list[Task]:
 
 def few_config(config: TuneConfig, rows: int) -> TuneConfig:
     """`config` as all runs of few rows have it: as many steps as few rows need, unless it says how many."""
-    steps = config.steps
-    if steps is None:
-        usual = config.epochs == TuneConfig.model_fields["epochs"].default
-        steps = STEPS if usual else planned_steps(config, rows)
+    steps = planned_steps(config, rows)
     every = config.validate_every or max(1, math.ceil(steps / CHECKS))
     return config.model_copy(update={"steps": steps, "validate_every": every, "patience": None})
 

@@ -29,6 +29,10 @@ from .schedule import learning_rate_factor
 from .world import World
 
 NO_GAIN = "no better score"
+EPOCHS, LEAST = 2.0, 30  # but not fewer steps: two epochs of 26 rows are 3, which teach nothing (docs/log.md)
+    2.0,
+    30,
+)  # passes, but not fewer steps: two epochs of 26 rows are 3 steps, which teach nothing (docs/log.md)
 
 
 @dataclass
@@ -74,8 +78,11 @@ def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list
 
 
 def planned_steps(config: TuneConfig, count: int) -> int:
-    """Optimiser steps of the whole run over `count` examples."""
-    return config.steps or max(1, round(config.epochs * count / min(config.batch_size, count)))
+    """Optimiser steps of the whole run over `count` examples: `steps`, else `epochs`, else EPOCHS or LEAST."""
+    if config.steps:
+        return config.steps
+    steps = max(1, round((config.epochs or EPOCHS) * count / min(config.batch_size, count)))
+    return steps if config.epochs else max(LEAST, steps)
 
 
 class Trainer:
