@@ -30,9 +30,6 @@ from .world import World
 
 NO_GAIN = "no better score"
 EPOCHS, LEAST = 2.0, 30  # but not fewer steps: two epochs of 26 rows are 3, which teach nothing (docs/log.md)
-    2.0,
-    30,
-)  # passes, but not fewer steps: two epochs of 26 rows are 3 steps, which teach nothing (docs/log.md)
 
 
 @dataclass
