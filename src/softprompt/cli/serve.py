@@ -73,9 +73,10 @@ def serve(
 
     `model` in a request is a prompt's name, name@version, or base. Prompts may come, change and go meanwhile.
     """
-    settings = _settings(host, port, key_file, admin_key_file, watch, drain, max_tokens, timeout)
-    if not Path(folder).is_dir():
-        raise ConfigError(f"folder: no folder {folder}; make it (it may be empty), or name another one")
+    wrong = (
+        [] if Path(folder).is_dir() else [f"folder: no folder {folder}; make it (it may be empty), or name another one"]
+    )
+    settings = _settings(wrong, host, port, key_file, admin_key_file, watch, drain, max_tokens, timeout)
     _check_installed()
     from ..engine.engine import EngineLimits
 
@@ -93,6 +94,7 @@ def serve(
 
 
 def _settings(
+    wrong: list[str],
     host: str,
     port: int,
     key_file: str | None,
@@ -102,24 +104,43 @@ def _settings(
     max_tokens: int | None,
     timeout: float,
 ) -> ServerSettings:
-    from ..server.settings import Limits, ServerSettings, read_keys
+    """Raises ConfigError with all that is `wrong`, what is known of it already first."""
+    from ..server.settings import Limits, ServerSettings
 
-    keys: list[str] = []
-    if os.environ.get(KEYS):
-        keys += read_keys(os.environ[KEYS].replace(",", "\n"), KEYS)
-    if key_file:
-        keys += read_keys(_read(key_file, "key-file"), "key-file")
-    admin = read_keys(_read(admin_key_file, "admin-key-file"), "admin-key-file") if admin_key_file else ()
+    keys = _keys(KEYS, os.environ.get(KEYS, "").replace(",", "\n"), wrong) if os.environ.get(KEYS) else ()
+    keys += _keys_of("key-file", key_file, wrong)
+    admin = _keys_of("admin-key-file", admin_key_file, wrong)
+    if key_file and not keys:
+        keys = ("",)  # a file that cannot be read has been told; that there is no key is not a second mistake
     limits = Limits(tokens=max_tokens, seconds=timeout)
-    return ServerSettings(host, port, tuple(dict.fromkeys(keys)), admin, watch, drain, limits)
-
-
-def _read(path: str, option: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        settings = ServerSettings(host, port, tuple(dict.fromkeys(keys)), admin, watch, drain, limits)
+    except ConfigError as error:
+        wrong += error.problems
+    if wrong:
+        raise ConfigError(wrong)
+    return settings
+
+
+def _keys_of(option: str, path: str | None, wrong: list[str]) -> tuple[str, ...]:
+    """The hashes of the keys in a file; what is wrong with it goes to `wrong`."""
+    if not path:
+        return ()
+    try:
+        return _keys(option, Path(path).read_text(encoding="utf-8"), wrong)
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not text"
-        raise ConfigError(f"{option}: cannot read {path}: {why}") from error
+        wrong.append(f"{option}: cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}")
+    return ()
+
+
+def _keys(where: str, text: str, wrong: list[str]) -> tuple[str, ...]:
+    from ..server.settings import read_keys
+
+    try:
+        return read_keys(text, where)
+    except ConfigError as error:
+        wrong += error.problems
+    return ()
 
 
 def _check_installed() -> None:
