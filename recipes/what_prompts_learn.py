@@ -230,7 +230,7 @@ def publish(given: argparse.Namespace) -> None:
         for split in ("validation", "test"):
             for part in ("per_class", "confusion", "classes"):
                 small.get(split, {}).pop(part, None)
-        text = json.dumps(rounded(small), ensure_ascii=False)
+        text = json.dumps(rounded(small), ensure_ascii=False).replace(f"{given.out}/", "learned/")
         (kept / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(
         "| prompt | rows, steps | test accuracy | still the start's word | cosine with start | tightness | by chance |"
