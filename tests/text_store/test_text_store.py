@@ -74,13 +74,13 @@ def shards(folder: Path) -> list[Path]:
 # --- the same as memory ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_first_row_may_begin_with_a_soft_token(backbone):
     texts = StateCache()
     assert keep_texts(backbone, [Row((-1, -2, 5, 6), 3), Row((7, 8, -1, -2, 5, 6), 5)], 0, texts)
     assert ("text", 0, (7, 8)) in texts
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_texts_from_disk_are_those_from_memory_to_the_bit(make_store, computed, dtype):
     backbone = make_backbone("llama", dtype)
     memory = StateCache()
