@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 0.1,
     "text_cache": "memory",  # a demo leaves no gigabytes behind
+    "text_cache_bits": 8,  # and stays within 4 GB of memory
     "validate_every": 63,
     "validation_rows": 150,
     "init_text": "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?",
