@@ -25,6 +25,7 @@ has no influence on how long it takes.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
@@ -273,6 +274,16 @@ def server_load(
 # --- output ---------------------------------------------------------------------------------------------------------
 
 
+def tell(line: str) -> None:
+    print(f"{line} ...", file=sys.stderr, flush=True)
+
+
+def keep(found: dict[str, Any], out: str | None) -> None:
+    """What is measured so far, so that a run that is cut short is not lost."""
+    if out:
+        Path(out).write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
 def fill(found: dict[str, Any], page: Path = PAGE) -> None:
     page.write_text(put(page.read_text(encoding="utf-8"), lines(found), "serving", str(page)), encoding="utf-8")
 
@@ -284,9 +295,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--tokens", type=int, default=20, help="soft tokens of each task")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 100, 500])
-    parser.add_argument("--requests", type=int, nargs=2, default=[64, 500], help="texts to continue, and to classify")
+    parser.add_argument("--requests", type=int, nargs=2, default=[64, 200], help="texts to continue, and to classify")
     parser.add_argument("--words", type=int, default=12, help="of each text")
-    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--step-tokens", type=int, default=128)
@@ -328,12 +339,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind, count in zip(("generate", "classify"), args.requests, strict=True):
         part = texts[:count]
         if "throughput" in args.parts:
+            tell(f"throughput, {kind}: {args.rounds} rounds of {count} requests for each mix")
             found.setdefault("throughput", {})[kind] = throughput(engine, tasks, args, part, kind)
+            keep(found, args.out)
         if "peft" in args.parts:
+            tell(f"beside PEFT, {kind}: {args.rounds} rounds of {count} requests, {args.peft_requests} for PEFT")
             found.setdefault("beside_peft", {})[kind] = against_peft(engine, tasks, folder, args, part, kind)
+            keep(found, args.out)
         if kind == "generate" and "throughput" in found:
             capacity = found["throughput"][kind][-1]["requests_per_second"]
     if "server" in args.parts:
+        tell(f"server: {args.server_requests} requests at each load")
         found["server"] = server_load(backbone, args, texts, capacity)
     print("\n".join(lines(found)))
     finish(found, args.out)

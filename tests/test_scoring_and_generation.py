@@ -96,6 +96,7 @@ def test_top_p_keeps_the_smallest_set():
     drawn = {choose(logits, Sampling(temperature=1.0, top_p=0.7), generator) for _ in range(200)}
     assert drawn == {0, 1}
     assert {choose(logits, Sampling(temperature=1.0, top_p=0.01), generator) for _ in range(20)} == {0}
+    assert choose(logits, Sampling(temperature=1e-310), generator) == 0  # divides to infinity
 
 
 class Letters:

@@ -147,6 +147,18 @@ def test_early_stopping(backbone):
     assert result.reason == "no better score" and result.steps == 9
 
 
+def test_a_run_of_an_earlier_version_goes_on_and_another_setting_is_named(backbone, tmp_path):
+    folder = tmp_path / "run"
+    whole = sp.tune(backbone, make_task(), run_folder=folder, **SETTINGS)
+    saved = json.loads((folder / "run.json").read_text())
+    del saved["tuning"]["folds"]  # it had not been thought of
+    (folder / "run.json").write_text(json.dumps(saved))
+    again = sp.tune(backbone, make_task(), run_folder=folder, resume=True, **SETTINGS)
+    assert torch.equal(whole.prompt.vectors, again.prompt.vectors)
+    with pytest.raises(ConfigError, match=r"another tuning \(seed was \d+ and is 77\)"):
+        sp.tune(backbone, make_task(), run_folder=folder, resume=True, **{**SETTINGS, "seed": 77})
+
+
 def test_a_run_that_ended_early_stays_ended(backbone, tmp_path):
     settings = {**SETTINGS, "learning_rate": 1e-9, "steps": 50, "patience": 2}
     whole = sp.tune(backbone, make_task(), run_folder=tmp_path / "run", **settings)

@@ -33,8 +33,8 @@ from .slots import SlotCache
 @dataclass(frozen=True)
 class EngineLimits:
     """rows: requests under way at once. waiting: requests that may wait. step_tokens: text tokens read in one step,
-    which bounds how long the others pause. cache_bytes: keys and values that the requests under way may come to have.
-    prompt_bytes: of states kept for prompts."""
+    which bounds how long the others pause; twice as many where no request is being written. cache_bytes: keys and
+    values that the requests under way may come to have. prompt_bytes: of states kept for prompts."""
 
     rows: int = 32
     waiting: int = 256
@@ -166,7 +166,9 @@ class Engine:
                 self._publish(row)
         pieces = [Piece(row, 1) for row in rows if row.writing]
         reading = [row for row in rows if not row.writing]
-        counts = share([row.left for row in reading], self.limits.step_tokens)
+        # Where nobody waits for a next token, nobody is held up: twice as many at once are read a third faster.
+        budget = self.limits.step_tokens * (1 if pieces else 2)
+        counts = share([row.left for row in reading], budget)
         pieces += [Piece(row, count) for row, count in zip(reading, counts, strict=True) if count]
         if not pieces:
             return 0, []

@@ -188,7 +188,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     """The next token of one row from its logits [V]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits.cpu().double() / sampling.temperature, dim=-1)
+    precise = logits.cpu().double()
+    # Less the largest first: a temperature close to zero divides to infinity, which is no distribution.
+    probabilities = torch.softmax((precise - precise.max()) / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(descending=True)
         outside = ordered.cumsum(0) - ordered >= sampling.top_p  # the most probable token always stays

@@ -82,7 +82,10 @@ def _resumable(folder: Path, saved: Path, recorded: dict[str, Any]) -> Checkpoin
         raise OutputError(f"cannot read {saved}: {error}; start the run anew in another folder") from error
     now = json.loads(json.dumps(recorded, default=str))
     keys = ("fingerprint", "precision", "device", "template", "data_sha256", "tuning")
-    changed = [key for key in keys if before.get(key) != now.get(key)]
+    # A run of an earlier version knows nothing of settings that came later: it had what is their default now.
+    if isinstance(before.get("tuning"), dict):
+        before["tuning"] = {**TuneConfig().model_dump(mode="json"), **before["tuning"]}
+    changed = [_change(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
     if changed:
         raise ConfigError(
             f"the run in {folder} was started with another {', '.join(changed)}; "
@@ -90,6 +93,18 @@ def _resumable(folder: Path, saved: Path, recorded: dict[str, Any]) -> Checkpoin
         )
     path = folder / CHECKPOINT
     return load_checkpoint(path) if path.exists() else None
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    """What has changed, the settings by name."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return key
+    each = [
+        f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    return f"{key} ({'; '.join(each)})"
 
 
 def versions() -> dict[str, str]:
