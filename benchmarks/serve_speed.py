@@ -1,7 +1,7 @@
 """How fast is serving many tasks from one model, next to PEFT with `set_adapter`?
 
-    python benchmarks/serve_speed.py                      # about eight minutes on two cores
-    python benchmarks/serve_speed.py --quick              # about two
+    python benchmarks/serve_speed.py                      # about a quarter of an hour on two cores
+    python benchmarks/serve_speed.py --quick              # about three minutes
     python benchmarks/serve_speed.py --page RESULT.json   # measures nothing: fills docs/serving.md from an earlier run
 
 Three parts, each with its table; the last line is JSON.

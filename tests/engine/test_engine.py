@@ -188,6 +188,18 @@ def test_nothing_is_kept_that_does_not_fit_and_answers_are_the_same(llama):
     assert engine.prefixes.bytes == 0
 
 
+def test_requests_under_way_take_no_more_memory_than_they_may(llama):
+    # Each needs a row of 128 tokens, however few of them it fills: there is room for two such rows.
+    one = Engine(llama).slots.token_bytes * 128
+    engine = Engine(llama, EngineLimits(rows=8, cache_bytes=2 * one + 1))
+    ids = engine.submit([make_request(llama, "front", i, Settings(max_new_tokens=4)) for i in range(5)])
+    most = 0
+    while engine.busy:
+        engine.step()
+        most = max(most, engine.slots.rows)
+    assert most == 2 and len(ids) == 5
+
+
 def document_of_tasks(backbone, count: int) -> list[Request]:
     """One text read by many tasks whose prompts stand behind it."""
     text = make_request(backbone, "none", 8, Settings()).ids

@@ -27,7 +27,7 @@ from .prefixes import Key, PrefixCache
 from .requests import EngineError, Event, QueueFullError, Request, TooLongError, TooManyError
 from .running import Running
 from .scheduler import FairQueue, share
-from .slots import SlotCache
+from .slots import SlotCache, capacity_for
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ class Engine:
         """Whether there is room for its states; a request that is alone always has it."""
         if self.slots is None or not self._running:
             return True
-        promised = sum(other.needed for other in self._running.values())
-        return (promised + row.needed) * self.slots.token_bytes <= self.limits.cache_bytes
+        promised = sum(capacity_for(other.needed) for other in (*self._running.values(), row))
+        return promised * self.slots.token_bytes <= self.limits.cache_bytes
 
     def _begin(self, row: Running, slots: SlotCache) -> bool:
         """Give the row a slot with what is known of its beginning, or park it until another row has computed that.

@@ -110,9 +110,7 @@ class SlotCache:
         return sum(len(pool.slots) for pool in self._pools)
 
     def _pool(self, tokens: int) -> Pool:
-        capacity = SMALLEST
-        while capacity < tokens:
-            capacity *= FACTOR
+        capacity = capacity_for(tokens)
         for pool in self._pools:
             if pool.capacity == capacity:
                 return pool
@@ -122,6 +120,14 @@ class SlotCache:
         )
         self._pools.append(Pool(capacity, keys, values))
         return self._pools[-1]
+
+
+def capacity_for(tokens: int) -> int:
+    """Of the pool whose rows have room for so many tokens: what such a request really takes of the memory."""
+    capacity = SMALLEST
+    while capacity < tokens:
+        capacity *= FACTOR
+    return capacity
 
 
 @torch.no_grad()

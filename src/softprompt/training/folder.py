@@ -84,7 +84,7 @@ def _resumable(folder: Path, saved: Path, recorded: dict[str, Any]) -> Checkpoin
     keys = ("fingerprint", "precision", "device", "template", "data_sha256", "tuning")
     # A run of an earlier version knows nothing of settings that came later: it had what is their default now.
     if isinstance(before.get("tuning"), dict):
-        before["tuning"] = {**TuneConfig().model_dump(mode="json"), **before["tuning"]}
+        before["tuning"] = {**TuneConfig.model_validate({}).model_dump(mode="json"), **before["tuning"]}
     changed = [_change(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
     if changed:
         raise ConfigError(
