@@ -34,7 +34,7 @@ def train(
     learning_rate: float = 0.05,  # in units of the embedding table's RMS
     warmup: float = 0.05,  # share of the steps in which the learning rate rises
     clip: float = 1.0,  # largest gradient norm, for vectors measured in that unit
-    epochs: float = 2.0,
+    epochs: float | None = None,  # two, and so many that there are 30 steps
     batch_size: int = 16,
     micro_batch_tokens: int = 4096,  # bounds the memory, changes no result
     validation_rows: int = 500,
@@ -46,7 +46,7 @@ def train(
     encoder = Encoder(task.template, backbone.tokenizer, tokens, backbone.context_length)
     rows = [encoder.row(fields)[0] for fields in task.train]
     batch_size = min(batch_size, len(rows))
-    steps = max(1, round(epochs * len(rows) / batch_size))
+    steps = max(1 if epochs else 30, round((epochs or 2.0) * len(rows) / batch_size))
     validation = task.validation.take(validation_rows, seed=0)
     validate_every = math.ceil(steps / 4)
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--target", required=True, help="the answer, for instance ' {label}'")
     parser.add_argument("--labels", nargs="+", help="the classes; leave out for free text")
     parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float)
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder for the prompt")
