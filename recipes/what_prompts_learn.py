@@ -2,7 +2,7 @@
 
     python recipes/what_prompts_learn.py tune --data ../shared/data --out learned     # an hour on one core
     python recipes/what_prompts_learn.py look --data ../shared/data --out learned     # another one
-    python recipes/what_prompts_learn.py deep --out learned --demo demo          # after `softprompt demo --out demo`
+    python recipes/what_prompts_learn.py deep --out learned --demo demo          # after `softprompt demo --folder demo`
     python recipes/what_prompts_learn.py publish --out learned                   # tables, docs/results/inspect
 
 The data folder holds trec/train.jsonl, trec/validation.jsonl, trec/test.jsonl and so on, each line a JSON object with

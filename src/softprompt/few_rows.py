@@ -2,8 +2,9 @@
 
 A step that writes one token for each of 16 requests multiplies 16 rows with every weight. torch asks its BLAS for
 `x @ W.T`, which shares work among threads badly when x is short: `(W @ x.T).T` is the same product, needs no copy of
-anything, and takes a fifth to a third less time up to about a hundred rows, for the vocabulary's matrix half of it
-(docs/log.md has the figures). With one thread, or more rows, nothing is gained.
+anything, and takes a fifth to a third less time up to about a hundred rows (docs/log.md has the figures). With one
+thread, or more rows, nothing is gained. The result lies transposed in memory: logits, which are searched row by row
+afterwards, are better computed in the ordinary way.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 FEWEST, MOST = 2, 96  # rows between which it is the faster way
+_layers: WeakKeyDictionary[nn.Module, list[nn.Linear]] = WeakKeyDictionary()  # of each model, looked for once
 
 
 @contextmanager
@@ -24,7 +27,7 @@ def few_rows_at_once(model: nn.Module) -> Iterator[None]:
 
     Only layers that are exactly torch's own are touched, so whatever wraps or replaces one keeps its say.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear] if _gains(model) else []
+    layers = _linear_layers(model) if _gains(model) else []
     for layer in layers:  # straight into the instance: nn.Module's own way of setting costs more than some products
         layer.__dict__["forward"] = functools.partial(product, layer)
     try:
@@ -41,6 +44,13 @@ def product(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, layer.weight, layer.bias)
     found = (layer.weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
     return found if layer.bias is None else found + layer.bias
+
+
+def _linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Kept, since a walk through a model takes as long as one of its products. Layers that come later go plainly."""
+    if model not in _layers:
+        _layers[model] = [module for module in model.modules() if type(module) is nn.Linear]
+    return _layers[model]
 
 
 def _gains(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from collections import Counter
 
 import torch
 
+from ..evaluation.generation import tempered
 from .requests import Ids, Settings, Token
 
 
@@ -56,8 +57,7 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor) -> int:
         wanted = self.settings
-        # Less the largest first: a temperature close to zero divides to infinity, which is no distribution.
-        probabilities = torch.softmax((logits - logits.max()) / wanted.temperature, dim=-1)
+        probabilities = tempered(logits, wanted.temperature)
         if 0 < wanted.top_k < len(probabilities):
             kept = probabilities.topk(wanted.top_k)
             probabilities = torch.zeros_like(probabilities).index_put_((kept.indices,), kept.values / kept.values.sum())

@@ -188,14 +188,18 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     """The next token of one row from its logits [V]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    precise = logits.cpu().double()
-    # Less the largest first: a temperature close to zero divides to infinity, which is no distribution.
-    probabilities = torch.softmax((precise - precise.max()) / sampling.temperature, dim=-1)
+    probabilities = tempered(logits.cpu().double(), sampling.temperature)
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(descending=True)
         outside = ordered.cumsum(0) - ordered >= sampling.top_p  # the most probable token always stays
         probabilities[index[outside]] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Probabilities of the next token, [V] -> [V], at a temperature above 0."""
+    # Less the largest first: a temperature close to zero divides to infinity, which is no distribution.
+    return torch.softmax((logits - logits.max()) / temperature, dim=-1)
 
 
 def _plain_tokens(
