@@ -1,6 +1,6 @@
 """How fast is serving many tasks from one model, next to PEFT with `set_adapter`?
 
-    python benchmarks/serve_speed.py                      # about a quarter of an hour on two cores
+    python benchmarks/serve_speed.py                      # about half an hour on two cores
     python benchmarks/serve_speed.py --quick              # about three minutes
     python benchmarks/serve_speed.py --page RESULT.json   # measures nothing: fills docs/serving.md from an earlier run
 
@@ -9,8 +9,8 @@ Three parts, each with its table; the last line is JSON.
 1. Throughput of the engine, saturated: the same texts, for other numbers of tasks and other mixes of them, as Punica
    has them (Chen et al. 2024): identical (all requests for one task), distinct (no two for the same task, as far as
    there are tasks), uniform and skewed (Zipf). All mixes are run in turns, `--rounds` times, so that what else the
-   machine does meets all alike; the figure is the median, and beside it stands processor time, which other programs
-   disturb less. The prompts' states are there from a first pass.
+   machine does meets all alike; the figure is the median with its interval, and beside it stands processor time, which
+   other programs disturb less. The prompts' states are there from a first pass.
 2. The same requests through PEFT's prompt tuning with `--peft-tasks` adapters in one model, in the order in which they
    come (set_adapter, generate), and as the best that PEFT allows: all requests of a task in one padded batch. Both
    sides in one run, in turns, on the same model, texts and vectors; that the tokens are the same is checked.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -119,32 +120,49 @@ def throughput(
     engine: Engine, tasks: Sequence[Task], args: argparse.Namespace, texts: Sequence[str], kind: str
 ) -> list[dict[str, Any]]:
     cells = [("identical", 1), *((mix, count) for count in args.tasks if count > 1 for mix in MIXES)]
-    sets = {
-        cell: make_requests(tasks, assign(cell[0], len(texts), cell[1]), texts, args.max_tokens, kind) for cell in cells
-    }
     walls: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
     used: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
+    asked: dict[tuple[str, int], set[int]] = {cell: set() for cell in cells}
     for turn in range(args.rounds):
         for cell in cells if turn % 2 == 0 else cells[::-1]:
-            wall, processor = timed(lambda cell=cell: run_engine(engine, sets[cell]))  # type: ignore[misc]
+            mix, count = cell
+            # Each round asks for the next tasks, so that over the rounds all of them are asked for.
+            chosen = [(task + turn * len(texts)) % count for task in assign(mix, len(texts), count)]
+            requests = make_requests(tasks, chosen, texts, args.max_tokens, kind)
+            wall, processor = timed(lambda requests=requests: run_engine(engine, requests))  # type: ignore[misc]
             walls[cell].append(wall)
             used[cell].append(processor)
+            asked[cell].update(chosen)
     return [
         {
             "mix": mix,
             "tasks": count,
-            "tasks_asked_for": len(set(assign(mix, len(texts), count))),
+            "tasks_asked_for": len(asked[mix, count]),
+            "rounds": args.rounds,
             "requests_per_second": len(texts) / statistics.median(walls[mix, count]),
-            "of_one_task": compared(walls, cells[0], (mix, count)),
-            "of_one_task_by_processor_time": compared(used, cells[0], (mix, count)),
+            **compared("of_one_task", walls, cells[0], (mix, count)),
+            **compared("of_one_task_by_processor_time", used, cells[0], (mix, count)),
         }
         for mix, count in cells
     ]
 
 
-def compared(seconds: dict[tuple[str, int], list[float]], one: tuple[str, int], other: tuple[str, int]) -> float:
-    """Speed as a share of that with one task: the median over the rounds, each compared within itself."""
-    return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+def compared(
+    name: str, seconds: dict[tuple[str, int], list[float]], one: tuple[str, int], other: tuple[str, int]
+) -> dict[str, float]:
+    """Speed as a share of that with one task: the median over the rounds, each compared within itself, and the 95 %
+    interval of that median by the sign test (between two of the ordered values; no assumption about their spread)."""
+    shares = sorted(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+    outside = 0
+    while 2 * _at_most(outside, len(shares)) <= 0.05:
+        outside += 1
+    outside = max(0, outside - 1)
+    return {name: statistics.median(shares), f"{name}_low": shares[outside], f"{name}_high": shares[-1 - outside]}
+
+
+def _at_most(few: int, tosses: int) -> float:
+    """The probability of at most `few` heads in so many tosses of a fair coin."""
+    return float(sum(math.comb(tosses, heads) for heads in range(few + 1)) / 2**tosses)
 
 
 def compute_prompts(engine: Engine, tasks: Sequence[Task]) -> None:
@@ -233,7 +251,7 @@ def against_peft(
     }
     walls: dict[str, list[float]] = {name: [] for name in sides}
     used: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(args.rounds):
+    for _ in range(args.peft_rounds):
         for name, (work, count) in sides.items():
             wall, processor = timed(work)
             walls[name].append(wall / count)
@@ -294,15 +312,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--tokens", type=int, default=20, help="soft tokens of each task")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 100, 500])
-    parser.add_argument("--requests", type=int, nargs=2, default=[64, 200], help="texts to continue, and to classify")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 500])
+    parser.add_argument("--requests", type=int, nargs=2, default=[96, 96], help="texts to continue, and to classify")
     parser.add_argument("--words", type=int, default=12, help="of each text")
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=10, help="of the throughput of the engine")
+    parser.add_argument("--rows", type=int, default=EngineLimits.rows)
     parser.add_argument("--step-tokens", type=int, default=128)
     parser.add_argument("--peft-tasks", type=int, default=100)
     parser.add_argument("--peft-requests", type=int, default=16, help="that PEFT answers in each round")
+    parser.add_argument("--peft-rounds", type=int, default=4)
     parser.add_argument("--server-tasks", type=int, default=100)
     parser.add_argument("--server-requests", type=int, default=64)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -311,7 +330,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", help="fill docs/serving.md from this JSON, and measure nothing")
     args = parser.parse_args(arguments)
     if args.quick:
-        args.requests, args.rounds, args.tasks = [24, 60], 1, [1, 50]
+        args.requests, args.rounds, args.tasks, args.peft_rounds = [24, 60], 1, [1, 50], 1
         args.peft_tasks, args.peft_requests, args.server_tasks, args.server_requests = 20, 6, 20, 16
     return args
 

@@ -42,7 +42,7 @@ def serve(
     admin_key_file: Annotated[
         str | None, typer.Option(help="The same for /admin, which is closed without it.", rich_help_panel=SAFETY_PANEL)
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Texts under way at once.", rich_help_panel=LIMITS_PANEL)] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Texts under way at once.", rich_help_panel=LIMITS_PANEL)] = 64,
     queue: Annotated[int, typer.Option(min=0, help="Texts that may wait.", rich_help_panel=LIMITS_PANEL)] = 256,
     step_tokens: Annotated[
         int,

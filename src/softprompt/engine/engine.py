@@ -36,7 +36,7 @@ class EngineLimits:
     which bounds how long the others pause; twice as many where no request is being written. cache_bytes: keys and
     values that the requests under way may come to have. prompt_bytes: of states kept for prompts."""
 
-    rows: int = 32
+    rows: int = 64
     waiting: int = 256
     step_tokens: int = 128
     cache_bytes: int = 2 << 30
