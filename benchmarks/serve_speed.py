@@ -348,10 +348,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=EngineLimits.rows)
     parser.add_argument("--step-tokens", type=int, default=128)
     parser.add_argument("--peft-tasks", type=int, default=100)
-    parser.add_argument("--peft-requests", type=int, default=16, help="that PEFT answers in each round")
+    parser.add_argument("--beside-peft", type=int, nargs=2, default=[128, 128], help="the same, of ours beside PEFT")
+    parser.add_argument("--peft-requests", type=int, default=12, help="of these, that PEFT answers in each round")
     parser.add_argument("--peft-rounds", type=int, default=4)
     parser.add_argument("--server-tasks", type=int, default=100)
-    parser.add_argument("--server-requests", type=int, default=64)
+    parser.add_argument("--server-requests", type=int, default=160)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="fewer tasks and requests, one round")
     parser.add_argument("--out", help="file for the JSON")
@@ -359,6 +360,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.quick:
         args.requests, args.rounds, args.tasks, args.peft_rounds = [24, 60], 1, [1, 50], 1
+        args.beside_peft = [24, 60]
         args.peft_tasks, args.peft_requests, args.server_tasks, args.server_requests = 20, 6, 20, 16
     return args
 
@@ -376,25 +378,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found["settings"] = {name: value for name, value in vars(args).items() if name not in ("page", "out", "parts")}
     folder = str(weights.locate(args.model, report=print).folder)
     backbone = Backbone.load(args.model, precision=args.precision, device="cpu")
-    texts = read_texts(max(args.requests), args.words)
+    texts = read_texts(max(*args.requests, *args.beside_peft), args.words)
     count = max(*(args.tasks if "throughput" in args.parts else [1]), args.peft_tasks)
     tasks = make_tasks(backbone, make_prompts(backbone, count, args.tokens))
     engine = Engine(backbone, limits(args, len(texts)))
     if {"throughput", "peft"} & set(args.parts):
         compute_prompts(engine, tasks)
     capacity = 4.0
-    for kind, count in zip(("generate", "classify"), args.requests, strict=True):
-        part = texts[:count]
+    for kind, count, beside in zip(("generate", "classify"), args.requests, args.beside_peft, strict=True):
         if "throughput" in args.parts:
             tell(f"throughput, {kind}: {args.rounds} rounds of {count} requests for each mix")
-            found.setdefault("throughput", {})[kind] = throughput(engine, tasks, args, part, kind)
+            found.setdefault("throughput", {})[kind] = throughput(engine, tasks, args, texts[:count], kind)
             keep(found, args.out)
         if "peft" in args.parts:
-            tell(f"beside PEFT, {kind}: {args.peft_rounds} rounds of {count} requests, {args.peft_requests} for PEFT")
-            found.setdefault("beside_peft", {})[kind] = against_peft(engine, tasks, folder, args, part, kind)
+            tell(f"beside PEFT, {kind}: {args.peft_rounds} rounds of {beside} requests, {args.peft_requests} for PEFT")
+            found.setdefault("beside_peft", {})[kind] = against_peft(engine, tasks, folder, args, texts[:beside], kind)
             keep(found, args.out)
         if kind == "generate" and "throughput" in found:
             capacity = found["throughput"][kind][-1]["requests_per_second"]
+        if kind == "generate" and "beside_peft" in found:
+            capacity = found["beside_peft"][kind]["requests_per_second"]["softprompt"]
     if "server" in args.parts:
         tell(f"server: {args.server_requests} requests at each load")
         found["server"] = server_load(backbone, args, texts, capacity)

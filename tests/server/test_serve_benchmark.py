@@ -32,7 +32,21 @@ SHORT = [
         "--rows",
         "4",
     ),
-    *("--tokens", "2", "--peft-tasks", "2", "--peft-requests", "3", "--server-tasks", "2", "--server-requests", "4"),
+    *(
+        "--tokens",
+        "2",
+        "--beside-peft",
+        "4",
+        "4",
+        "--peft-tasks",
+        "2",
+        "--peft-requests",
+        "3",
+        "--server-tasks",
+        "2",
+        "--server-requests",
+        "4",
+    ),
 ]
 
 
