@@ -1,24 +1,31 @@
-"""Put the cells of results folders of `softprompt compare` together: summary.json, results.csv, figures beside this.
+"""Put the cells of results folders of `softprompt compare` together: summary.json, results.csv, figures, the page.
 
 `python docs/results/make_summary.py FOLDER...` reads FOLDER/cells/*.json of each; a cell that stands in several is
-taken from the last. Cells hold no text of the data, and summary.json holds no more than means over rows.
+taken from the last. Without a folder it reads those in `cells/` beside it, which `--keep` copies there first. Cells
+hold no text of the data. docs/accuracy.md gets its tables between its markers.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from softprompt.comparison.catalogue import METHODS, SOFT
 from softprompt.comparison.figures import all_figures, as_file
-from softprompt.comparison.store import Store
-from softprompt.comparison.summary import document, summarise, to_csv
+from softprompt.comparison.store import DONE, Store
+from softprompt.comparison.summary import as_share, averages, document, summarise, to_csv
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "accuracy.md"
+TUNED = ("lora", "full")
+Line = dict[str, Any]
 
 
-def collect(folders: list[Path]) -> list[dict[str, Any]]:
+def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """All cells of the folders, one for each task, model, method and seed."""
     found = {}
     for folder in folders:
@@ -27,8 +34,113 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def main(arguments: list[str], out: Path = HERE) -> int:
-    cells = collect([Path(argument) for argument in arguments])
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def score_table(lines: Sequence[Line]) -> list[str]:
+    """A row a task, a column a method: the mean over seeds in hundredths, its interval and the number of seeds."""
+    methods = [name for name in METHODS if any(line["method"] == name for line in lines)]
+    made = [f"| task | rows, train and test | {' | '.join(methods)} |", "|---" * (len(methods) + 2) + "|"]
+    for task in dict.fromkeys(line["task"] for line in lines):
+        of_task = {line["method"]: line for line in lines if line["task"] == task}
+        some = next((line for line in of_task.values() if line["status"] == DONE), None)
+        rows = f"{max(x.get('train_rows') or 0 for x in of_task.values())}, {some['test_rows']}" if some else ""
+        made.append(f"| {task} | {rows} | {' | '.join(_score(of_task.get(name)) for name in methods)} |")
+    means = {row["method"]: row for row in averages(lines)}
+    if means:
+        tasks = next(iter(means.values()))["tasks"]
+        shown = [f"**{100 * means[name]['score']:.1f}**" if name in means else "" for name in methods]
+        made.append(f"| mean of {tasks} | | {' | '.join(shown)} |")
+    return made
+
+
+def _score(line: Line | None) -> str:
+    if line is None or line["status"] != DONE:
+        return "" if line is None else str(line["status"])
+    scale = 100 * as_share(line) / line["score"] if line["score"] else 100.0
+    ends = "" if line["low"] is None else f" ({scale * line['low']:.1f} to {scale * line['high']:.1f})"
+    mark = "**" if line["best"] else ""
+    return f"{mark}{100 * as_share(line):.1f}{mark}{ends}, {line['seeds']}"
+
+
+def cost_table(lines: Sequence[Line]) -> list[str]:
+    """What each method costs, means over the tasks that all of them have done."""
+    made = [
+        "| method | trained parameters | kB on disk | s of training | examples/s | peak memory, GB | s to switch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in averages(lines):
+        rate = "" if row["examples_per_second"] is None else f"{row['examples_per_second']:.1f}"
+        made.append(
+            f"| {row['method']} | {row['trained_parameters'] or 0:,} | {(row['disk_bytes'] or 0) / 1e3:,.0f} "
+            f"| {row['train_seconds'] or 0:.0f} | {rate} | {(row['peak_memory_bytes'] or 0) / 1e9:.1f} "
+            f"| {row['switch_seconds'] or 0:.2f} |"
+        )
+    return made
+
+
+def target_table(lines: Sequence[Line]) -> list[str]:
+    """Each kind of soft prompt beside the better of LoRA and full fine-tuning, beside PEFT's prompt tuning (differences
+    in hundredths, means over the tasks that have both) and beside LoRA's training time and parameters."""
+    made = [
+        "| kind | beside better of LoRA and full | worst task | beside PEFT's prompt tuning | of LoRA's training time "
+        "| of LoRA's parameters |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in SOFT:
+        own = {line["task"]: line for line in lines if line["method"] == kind and line["status"] == DONE}
+        tuned = _best_of(lines, TUNED, own)
+        peft = _best_of(lines, ("peft-prompt",), own)
+        lora = {line["task"]: line for line in lines if line["method"] == "lora" and line["status"] == DONE}
+        if not tuned or not (both := [task for task in own if task in lora]):
+            continue
+        gaps = {task: as_share(own[task]) - as_share(tuned[task]) for task in tuned}
+        worst = min(gaps, key=lambda task: gaps[task])
+        ahead = [as_share(own[task]) - as_share(peft[task]) for task in peft]
+        shares = [
+            sum(own[task][key] for task in both) / sum(lora[task][key] for task in both)
+            for key in ("train_seconds", "trained_parameters")
+        ]
+        made.append(
+            f"| {kind} | {_points(list(gaps.values()))} on {len(gaps)} tasks | {worst}: {100 * gaps[worst]:+.1f} "
+            f"| {_points(ahead)} on {len(ahead)} tasks | {shares[0]:.2f} | {shares[1]:.4f} |"
+        )
+    return made
+
+
+def _best_of(lines: Sequence[Line], methods: Sequence[str], own: dict[str, Line]) -> dict[str, Line]:
+    found: dict[str, Line] = {}
+    for line in lines:
+        if line["method"] in methods and line["status"] == DONE and line["task"] in own:
+            other = found.get(line["task"])
+            found[line["task"]] = line if other is None or line["score"] > other["score"] else other
+    return found
+
+
+def _points(differences: Sequence[float]) -> str:
+    return f"{100 * sum(differences) / len(differences):+.1f}" if differences else "?"
+
+
+def fill(text: str, tables: dict[str, list[str]]) -> str:
+    """`text` with each table between its markers <!-- name --> and <!-- /name -->."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"the page has no markers {begin} and {end}")
+        text = "\n".join([f"{before}{begin}", *table, f"{end}{after}"])
+    return text
+
+
+def main(arguments: list[str], out: Path = HERE, page: Path | None = PAGE) -> int:
+    keep = "--keep" in arguments
+    folders = [Path(argument) for argument in arguments if argument != "--keep"]
+    if keep:
+        for path in (path for folder in folders for path in sorted((folder / "cells").glob("*.json"))):
+            (out / "cells").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / "cells" / path.name)
+    cells = collect(folders if folders and not keep else [out])
     if not cells:
         print("error: no cells found; give the results folders of softprompt compare", file=sys.stderr)
         return 2
@@ -38,6 +150,9 @@ def main(arguments: list[str], out: Path = HERE) -> int:
     (out / "results.csv").write_text(to_csv(lines), encoding="utf-8")
     for name, figure in all_figures(lines).items():
         (out / f"{name}.svg").write_bytes(as_file(figure))
+    if page is not None:
+        made = {"scores": score_table(lines), "targets": target_table(lines), "costs": cost_table(lines)}
+        page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
     print(f"{len(cells)} cells, {len(lines)} lines: {out / 'summary.json'}")
     return 0
 

@@ -120,11 +120,20 @@ def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: py
     }.items():
         for cell in cells:
             write_cell(tmp_path / folder / "cells" / f"{cell['method']}{cell['seed']}.json", cell)
-    assert make_summary.main([str(tmp_path / "night1"), str(tmp_path / "night2")], tmp_path) == 0
+    page = tmp_path / "accuracy.md"
+    page.write_text("".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("scores", "targets", "costs")))
+    nights = [str(tmp_path / "night1"), str(tmp_path / "night2")]
+    assert make_summary.main(nights, tmp_path, page) == 0
     lines = {line["method"]: line for line in json.loads((tmp_path / "summary.json").read_text())["cells"]}
     assert lines["lora"]["seeds"] == 2 and lines["lora"]["score"] == pytest.approx(0.85)
     assert lines["deep"]["seeds"] == 1 and lines["deep"]["score"] == 0.75
-    assert make_summary.main([str(tmp_path / "nowhere")], tmp_path) == 2
+    text = page.read_text()
+    assert "old" not in text and "**85.0**" in text and "failed" in text
+    assert "| deep | -10.0 on 1 tasks |" in text and "| ? on 0 tasks |" in text
+    assert make_summary.main([str(tmp_path / "nowhere")], tmp_path, page) == 2
+    kept = tmp_path / "kept"
+    assert make_summary.main(["--keep", *nights], kept, page) == 0 and page.read_text() == text
+    assert make_summary.main([], kept, page) == 0 and page.read_text() == text
 
 
 def test_nothing_finished_still_gives_files(tmp_path: Path) -> None:
