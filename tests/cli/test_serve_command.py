@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,5 +45,8 @@ def test_the_model_that_the_prompts_name(cli: Cli) -> None:
     assert "the prompts in prompts name none; give --model" in cli("serve", "prompts").err
     for name in ("one", "two"):
         SoftPrompt(torch.zeros(2, 4), base_model=f"someone/{name}").save(f"prompts/{name}")
+    logger = logging.getLogger("softprompt")
+    before = (list(logger.handlers), logger.propagate, logger.level)
     called = cli("serve", "prompts")
     assert called.code == 2 and "name someone/one, someone/two; give --model" in called.err
+    assert (logger.handlers, logger.propagate, logger.level) == before  # nothing logs to a stream that is gone

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,16 +83,16 @@ def serve(
     from ..engine.engine import EngineLimits
 
     limits = EngineLimits(rows, queue, step_tokens, int(cache_gb * 1e9), int(prompt_cache_gb * 1e9))
-    _log_to_stderr(out)
-    backbone = load_backbone(out, model or _own_model(folder), None, precision, device, threads)
-    from ..server.run import Server, make_service
+    with _logs_on_stderr(out):
+        backbone = load_backbone(out, model or _own_model(folder), None, precision, device, threads)
+        from ..server.run import Server, make_service
 
-    service = make_service(backbone, folder, settings, limits)
-    server = Server(service)
-    with server.bound() as (address, sockets):
-        _announce(out, service, address)
-        out.document({"address": address, "models": [name for name, _ in service.registry.listed()]})
-        server.run(sockets)
+        service = make_service(backbone, folder, settings, limits)
+        server = Server(service)
+        with server.bound() as (address, sockets):
+            _announce(out, service, address)
+            out.document({"address": address, "models": [name for name, _ in service.registry.listed()]})
+            server.run(sockets)
 
 
 def _settings(
@@ -162,13 +164,20 @@ def _own_model(folder: str) -> str:
     raise ConfigError(f"model: missing; the prompts in {folder} name {found}; give --model")
 
 
-def _log_to_stderr(out: Output) -> None:
+@contextmanager
+def _logs_on_stderr(out: Output) -> Iterator[None]:
+    """What the server logs, on standard error while it runs; afterwards the logger is as it was."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("softprompt")
-    logger.handlers = [handler]
-    logger.propagate = False
+    before = (logger.handlers, logger.propagate, logger.level)
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.DEBUG if out.debug else logging.WARNING if out.quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[:2]
+        logger.setLevel(before[2])
 
 
 def _announce(out: Output, service: Service, address: str) -> None:
