@@ -14,9 +14,9 @@ Three parts, each with its table; the last line is JSON.
 2. The same requests through PEFT's prompt tuning with `--peft-tasks` adapters in one model, in the order in which they
    come (set_adapter, generate), and as the best that PEFT allows: all requests of a task in one padded batch. Both
    sides in one run, in turns, on the same model, texts and vectors; that the tokens are the same is checked.
-3. A server on a free port under open-loop load from a client of ours, at half and nine tenths of what the engine can
-   do, and at ten times that: time to first token and between tokens at p50, p95 and p99 of the requests that were
-   accepted, and how many were.
+3. A server on a free port under open-loop load from a client of ours in a process of its own, at half and nine tenths
+   of what the engine can do, and at ten times that: time to first token and between tokens at p50, p95 and p99 of the
+   requests that were accepted, and how many were.
 
 Vectors are random numbers of the size of embeddings, and answers end after `--max-tokens` tokens: what the model says
 has no influence on how long it takes.
@@ -352,7 +352,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peft-requests", type=int, default=12, help="of these, that PEFT answers in each round")
     parser.add_argument("--peft-rounds", type=int, default=4)
     parser.add_argument("--server-tasks", type=int, default=100)
-    parser.add_argument("--server-requests", type=int, default=160)
+    parser.add_argument("--capacity", type=float, default=4.0, help="requests/s of the engine, if not measured here")
+    parser.add_argument("--server-requests", type=int, default=192)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="fewer tasks and requests, one round")
     parser.add_argument("--out", help="file for the JSON")
@@ -378,13 +379,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found["settings"] = {name: value for name, value in vars(args).items() if name not in ("page", "out", "parts")}
     folder = str(weights.locate(args.model, report=print).folder)
     backbone = Backbone.load(args.model, precision=args.precision, device="cpu")
-    texts = read_texts(max(*args.requests, *args.beside_peft), args.words)
+    texts = read_texts(max(*args.requests, *args.beside_peft, args.server_requests), args.words)
     count = max(*(args.tasks if "throughput" in args.parts else [1]), args.peft_tasks)
     tasks = make_tasks(backbone, make_prompts(backbone, count, args.tokens))
     engine = Engine(backbone, limits(args, len(texts)))
     if {"throughput", "peft"} & set(args.parts):
         compute_prompts(engine, tasks)
-    capacity = 4.0
+    capacity = args.capacity
     for kind, count, beside in zip(("generate", "classify"), args.requests, args.beside_peft, strict=True):
         if "throughput" in args.parts:
             tell(f"throughput, {kind}: {args.rounds} rounds of {count} requests for each mix")
