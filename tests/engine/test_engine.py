@@ -7,6 +7,7 @@ import torch
 from engine_material import (
     LABELS,
     alone,
+    digest,
     finish,
     float_backbone,
     make_request,
@@ -20,7 +21,7 @@ from softprompt.engine.engine import Engine, EngineLimits
 from softprompt.engine.requests import EngineError, QueueFullError, Request, Settings, TooLongError, TooManyError
 from softprompt.evaluation.scoring import score_labels
 from softprompt.placement import embed_with_soft
-from tiny_models import ARCHITECTURES
+from tiny_models import ARCHITECTURES, random_ids, random_vectors
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
@@ -149,6 +150,31 @@ def test_a_prompt_is_computed_once_for_fifty_requests_at_once(llama):
     assert (engine.prefixes.misses, engine.prefixes.hits) == (1, 49)
     [again] = engine.submit(requests[0])
     assert finish(engine, [again])[again][-1].usage.cached == first.constant
+
+
+def test_many_tasks_take_the_same_steps_as_one(llama):
+    """What the clock can only show roughly: forty tasks are no more work than one, once their states are kept."""
+
+    def steps(tasks: int) -> list[tuple[int, int, int]]:
+        engine = Engine(llama, small_limits(rows=8, step_tokens=16))
+        settings = Settings(max_new_tokens=5, ignore_end=True)
+        prompts = [random_vectors(llama, 4, seed).float() for seed in range(tasks)]
+        keys = [digest(vectors) for vectors in prompts]
+
+        def ask(number: int) -> Request:
+            ids = (-1, -2, -3, -4, 5, *random_ids(3 + number % 7, torch.Generator().manual_seed(number)))
+            task = number % tasks
+            return Request(ids, prompts[task], keys[task], f"task{task}", settings, constant=5)
+
+        for _ in range(2):  # the first pass leaves the states of the prompts behind
+            engine.submit([ask(number) for number in range(40)])
+            done = []
+            while engine.busy:
+                engine.step()
+                done.append((engine.last.rows, engine.last.read, engine.last.written))
+        return done
+
+    assert steps(40) == steps(1)
 
 
 def test_states_are_kept_by_content_and_never_by_name(llama):
