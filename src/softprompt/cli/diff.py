@@ -16,8 +16,8 @@ from .output import Output
 @command
 def diff(
     out: Output,
-    a: Annotated[str, typer.Argument(help="Prompt folder.")],
-    b: Annotated[str, typer.Argument(help="Another one.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Prompt folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     data: DATA = None,
     split: SPLIT = None,
     rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows, drawn by seed.")] = None,

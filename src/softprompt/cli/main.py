@@ -112,6 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
         if usage is None or out.debug:
             raise
         if message := str(usage()):
-            out.fail(error, [message[0].lower() + message[1:]])
+            context = getattr(error, "ctx", None)
+            where = f"; see {context.command_path} --help" if context is not None else ""
+            out.fail(error, [message[0].lower() + message[1:].rstrip(".") + where])
         code = getattr(error, "exit_code", WRONG_USE)
     sys.exit(code if isinstance(code, int) else 0)
