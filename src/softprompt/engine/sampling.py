@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 
-from ..evaluation.generation import tempered
+from ..evaluation.generation import nucleus, tempered
 from .requests import Ids, Settings, Token
 
 
@@ -62,18 +62,7 @@ class Sampler:
             kept = probabilities.topk(wanted.top_k)
             probabilities = torch.zeros_like(probabilities).index_put_((kept.indices,), kept.values / kept.values.sum())
         if wanted.top_p < 1:
-            probabilities = _nucleus(probabilities, wanted.top_p)
+            probabilities = nucleus(probabilities, wanted.top_p)
         if wanted.min_p > 0:
             probabilities[probabilities < wanted.min_p * probabilities.max()] = 0
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
-
-
-def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Only the smallest set of tokens with `top_p` of the probability (Holtzman et al. 2020, arXiv:1904.09751)."""
-    for size in (256, len(probabilities)):  # to sort a whole vocabulary takes longer than all the rest
-        ordered, index = probabilities.topk(min(size, len(probabilities)))
-        before = ordered.cumsum(0) - ordered
-        if float(before[-1]) >= top_p or len(index) == len(probabilities):
-            break
-    kept = index[before < top_p]  # the most probable token always stays
-    return torch.zeros_like(probabilities).index_put_((kept,), probabilities[kept])

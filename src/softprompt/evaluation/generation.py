@@ -190,9 +190,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
         return int(logits.argmax())
     probabilities = tempered(logits.cpu().double(), sampling.temperature)
     if sampling.top_p < 1:
-        ordered, index = probabilities.sort(descending=True)
-        outside = ordered.cumsum(0) - ordered >= sampling.top_p  # the most probable token always stays
-        probabilities[index[outside]] = 0
+        probabilities = nucleus(probabilities, sampling.top_p)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
@@ -200,6 +198,17 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Probabilities of the next token, [V] -> [V], at a temperature above 0."""
     # Less the largest first: a temperature close to zero divides to infinity, which is no distribution.
     return torch.softmax((logits - logits.max()) / temperature, dim=-1)
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Only the smallest set of tokens with `top_p` of the probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+    for size in (256, len(probabilities)):  # to sort a whole vocabulary takes longer than all the rest
+        ordered, index = probabilities.topk(min(size, len(probabilities)))
+        before = ordered.cumsum(0) - ordered
+        if float(before[-1]) >= top_p or len(index) == len(probabilities):
+            break
+    kept = index[before < top_p]  # the most probable token always stays
+    return torch.zeros_like(probabilities).index_put_((kept,), probabilities[kept])
 
 
 def _plain_tokens(
