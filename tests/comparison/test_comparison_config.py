@@ -48,6 +48,8 @@ def problems(folder: Path, **changes: Any) -> list[str]:
         ({"epochz": 3}, "epochz: unknown key; did you mean epochs?"),
         ({"seeds": [0, -1]}, "seeds: -1 is below 0"),
         ({"settings": {"prompt": {"learning_rate": 1}}}, "is the same for all methods, or given as learning_rates"),
+        ({"settings": {"lora": {"epochs": -1}}}, "settings.lora.epochs: must be greater than 0, found -1"),
+        ({"settings": {"zero-shot": {"epochs": 1}}}, "settings.zero-shot.epochs: unknown"),
         ({"settings": {"prompt": {"tokens": 0}}}, "settings.prompt.tokens"),
         ({"settings": {"lora": {"rnak": 4}}}, "settings.lora.rnak: unknown; known are rank"),
         ({"learning_rates": {"lora": []}}, "learning_rates.lora: expected a list of numbers above 0"),
@@ -100,6 +102,14 @@ def test_a_task_may_have_its_own_budget_and_fewer_methods(tmp_path: Path) -> Non
     config.tasks["reviews"].__dict__.update(methods=["full", "zero-shot"], batch_size=3)
     assert config.methods_of("reviews") == ["zero-shot", "full"]
     assert config.budget("reviews")["batch_size"] == 3
+
+
+def test_a_method_may_have_its_own_number_of_steps(tmp_path: Path) -> None:
+    config = make_config(tmp_path, methods=["lora", "deep"], steps=3, settings={"deep": {"epochs": 6, "tokens": 4}})
+    task = next(iter(config.tasks))
+    assert (config.budget_of(task, "lora")["steps"], config.budget_of(task, "lora")["epochs"]) == (3, 2.0)
+    own = config.budget_of(task, "deep")
+    assert (own["steps"], own["epochs"]) == (None, 6) and "tokens" not in own
 
 
 def test_which_learning_rates_are_tried(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ..errors import ConfigError, SoftPromptError, TrainingError
 from ..evaluation.runner import Report
 from ..training.folder import versions
 from ..training.loop import Validation
-from .config import ComparisonConfig
+from .config import OWN_BUDGET, ComparisonConfig
 from .measure import Meter, disk_bytes, inference_seconds, machine, switch
 from .paired import row_values
 from .protocol import Job, Method, Opened, Tell, Trained
@@ -92,8 +92,9 @@ def run_cell(
 
         torch.set_num_threads(config.threads)
     backbone = backbone or Backbone.load(cell.model, precision=config.precision, device=config.device, report=tell)
-    budget = config.budget(cell.task)
-    job = Job(backbone, load_task(config, cell.task), cell.seed, budget, config.settings.get(cell.method, {}), tell)
+    budget = config.budget_of(cell.task, cell.method)
+    own = {key: value for key, value in config.settings.get(cell.method, {}).items() if key not in OWN_BUDGET}
+    job = Job(backbone, load_task(config, cell.task), cell.seed, budget, own, tell)
     method = make_method(cell.method)
     facts = {**head, "model_parameters": backbone.parameters, "train_rows": len(job.task.train)}
     facts |= {"fingerprint": backbone.fingerprint, "precision_used": str(backbone.dtype).removeprefix("torch.")}

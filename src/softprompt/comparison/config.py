@@ -31,7 +31,9 @@ OWN_SETTINGS = {
     "few-shot": (),
     "zero-shot": (),
 }
-SHARED = ("learning_rate", "epochs", "steps", "batch_size", "max_tokens", "seed", "kind", "validation_rows")
+SHARED = ("learning_rate", "max_tokens", "seed", "kind", "validation_rows")
+# What one method that trains may get of its own, instead of what all have; the table shows its steps.
+OWN_BUDGET = ("epochs", "steps", "batch_size")
 
 
 class Budget(BaseModel):
@@ -129,6 +131,11 @@ class ComparisonConfig(Budget):
             value = getattr(own, key) if getattr(own, key) is not None else getattr(whole, key)
             found[key] = DEFAULTS.get(key) if value is None else value
         return found
+
+    def budget_of(self, task: str, method: str) -> dict[str, Any]:
+        """The budget of a task, with what its settings give the method of its own."""
+        own = {key: value for key, value in self.settings.get(method, {}).items() if key in OWN_BUDGET}
+        return self.budget(task) | ({"steps": None} if "epochs" in own else {}) | own
 
     def methods_of(self, task: str) -> list[str]:
         """The methods of a task, in the order of the comparison's list."""
@@ -241,14 +248,16 @@ def _settings(config: ComparisonConfig) -> Iterator[str]:
         if name not in METHODS:
             continue
         known = [key for key in TuneConfig.model_fields if key not in SHARED] if name in SOFT else OWN_SETTINGS[name]
+        known = [*known, *OWN_BUDGET] if METHODS[name].trains and name not in SOFT else list(known)
         for key in given:
             if key in SHARED:
                 yield f"settings.{name}.{key}: is the same for all methods, or given as learning_rates; set it there"
             elif key not in known:
                 yield f"settings.{name}.{key}: unknown; known are {', '.join(known) or 'none'}"
-        if name in SOFT:
+        if METHODS[name].trains:
+            checked = known if name in SOFT else OWN_BUDGET
             try:
-                TuneConfig(**{key: value for key, value in given.items() if key in known})
+                TuneConfig(**{key: value for key, value in given.items() if key in checked})
             except ValidationError as error:
                 yield from (f"settings.{name}.{_in_words(each)}" for each in error.errors())
 
