@@ -34,7 +34,7 @@ def train(
     learning_rate: float = 0.05,  # in units of the embedding table's RMS
     warmup: float = 0.05,  # share of the steps in which the learning rate rises
     clip: float = 1.0,  # largest gradient norm, for vectors measured in that unit
-    epochs: float | None = None,  # two, and so many that there are 30 steps
+    epochs: float | None = None,  # 2, or up to 6 for 200 steps, and at least 30 steps
     batch_size: int = 16,
     micro_batch_tokens: int = 4096,  # bounds the memory, changes no result
     validation_rows: int = 500,
@@ -46,9 +46,9 @@ def train(
     encoder = Encoder(task.template, backbone.tokenizer, tokens, backbone.context_length)
     rows = [encoder.row(fields)[0] for fields in task.train]
     batch_size = min(batch_size, len(rows))
-    steps = max(1 if epochs else 30, round((epochs or 2.0) * len(rows) / batch_size))
+    once = len(rows) / batch_size
+    steps = max(1, round(epochs * once)) if epochs else max(30, round(2 * once), min(200, round(6 * once)))
     validation = task.validation.take(validation_rows, seed=0)
-    validate_every = math.ceil(steps / 4)
 
     # The vectors are all that is learned. Adam moves every number by about its learning rate at each step, whatever the
     # gradient's size, so the learning rate is given in the size that the model's own embeddings have.
@@ -102,7 +102,7 @@ def train(
         optimizer.step()
 
         # Four times in a run, the vectors of the moment are judged on rows that are not trained on.
-        if (step + 1) % validate_every == 0 or step + 1 == steps:
+        if (step + 1) % math.ceil(steps / 4) == 0 or step + 1 == steps:
             now = vectors.detach().clone()
             if not len(validation):
                 best, score = now, 0.0

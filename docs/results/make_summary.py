@@ -49,7 +49,7 @@ def score_table(lines: Sequence[Line]) -> list[str]:
     means = {row["method"]: row for row in averages(lines)}
     if means:
         tasks = next(iter(means.values()))["tasks"]
-        shown = [f"**{100 * means[name]['score']:.1f}**" if name in means else "" for name in methods]
+        shown = [f"{100 * means[name]['score']:.1f}" if name in means else "" for name in methods]
         made.append(f"| mean of {tasks} | | {' | '.join(shown)} |")
     return made
 
@@ -72,7 +72,7 @@ def cost_table(lines: Sequence[Line]) -> list[str]:
     for row in averages(lines):
         rate = "" if row["examples_per_second"] is None else f"{row['examples_per_second']:.1f}"
         made.append(
-            f"| {row['method']} | {row['trained_parameters'] or 0:,} | {(row['disk_bytes'] or 0) / 1e3:,.0f} "
+            f"| {row['method']} | {int(row['trained_parameters'] or 0):,} | {(row['disk_bytes'] or 0) / 1e3:,.0f} "
             f"| {row['train_seconds'] or 0:.0f} | {rate} | {(row['peak_memory_bytes'] or 0) / 1e9:.1f} "
             f"| {row['switch_seconds'] or 0:.2f} |"
         )

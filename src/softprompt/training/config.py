@@ -33,7 +33,9 @@ class TuneConfig(BaseModel):
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     clip: float = Field(1.0, ge=0, description="largest gradient norm of the whole prompt; 0 does not clip")
     epochs: float | None = Field(
-        None, gt=0, description="passes over the training rows; default: 2, and so many that there are 30 steps"
+        None,
+        gt=0,
+        description="passes over the training rows; default: 2, or up to 6 for 200 steps, and at least 30 steps",
     )
     steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     batch_size: int = Field(16, ge=1, description="examples an optimiser step")

@@ -29,7 +29,9 @@ from .schedule import learning_rate_factor
 from .world import World
 
 NO_GAIN = "no better score"
-EPOCHS, LEAST = 2.0, 30  # but not fewer steps: two epochs of 26 rows are 3, which teach nothing (docs/log.md)
+# By default: two passes, but not fewer steps than LEAST (two passes of 26 rows are 3 steps, which teach nothing), and
+# up to six where that makes no more than ENOUGH: 500 rows twice are 62 steps, and 188 teach far more (docs/log.md).
+EPOCHS, MOST_EPOCHS, LEAST, ENOUGH = 2.0, 6.0, 30, 200
 
 
 @dataclass
@@ -75,11 +77,16 @@ def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list
 
 
 def planned_steps(config: TuneConfig, count: int) -> int:
-    """Optimiser steps of the whole run over `count` examples: `steps`, else `epochs`, else EPOCHS or LEAST."""
+    """Optimiser steps of the whole run: `steps`, else `epochs`, else by the number of examples, `count`."""
     if config.steps:
         return config.steps
-    steps = max(1, round((config.epochs or EPOCHS) * count / min(config.batch_size, count)))
-    return steps if config.epochs else max(LEAST, steps)
+
+    def passes(epochs: float) -> int:
+        return max(1, round(epochs * count / min(config.batch_size, count)))
+
+    if config.epochs:
+        return passes(config.epochs)
+    return max(LEAST, passes(EPOCHS), min(ENOUGH, passes(MOST_EPOCHS)))
 
 
 class Trainer:
