@@ -77,6 +77,7 @@ def test_options_and_settings_that_are_named_exist(name: str) -> None:
         "--demo",
         "--install-completion",
         *("--quick", "--only"),  # of the benchmarks, docs/performance.md
+        "--keep",  # of docs/results/make_summary.py, docs/accuracy.md
         *("--enable-prompt-embeds", "--model-id", "--model-path", "--outfile"),  # of other engines, docs/export.md
     }
     code = code_in(read(name))
