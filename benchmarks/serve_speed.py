@@ -25,8 +25,6 @@ has no influence on how long it takes.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import random
 import statistics
 import sys
@@ -38,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed.facts import facts, finish
+from speed.facts import facts, finish, keep
 from speed.serve_load import under_load
 from speed.serve_tables import lines
 from speed.tables import put, read_json
@@ -48,6 +46,7 @@ from softprompt.backbone import Backbone
 from softprompt.engine.engine import Engine, EngineLimits
 from softprompt.engine.requests import Request, Settings
 from softprompt.engine.tasks import Task
+from softprompt.evaluation.intervals import sign_test
 from softprompt.prompt import SoftPrompt
 from softprompt.templates import Template
 
@@ -159,7 +158,7 @@ def step_by_step(engines: Sequence[Engine], sets: Sequence[Sequence[Request]]) -
     """(seconds by the clock, of processor time) of each engine for its requests, all of them under way together.
 
     The engines take turns step by step, each time another one first: whatever the machine does for longer than a
-    fraction of a second meets all alike. As whole runs, one after the other, equal ones differed by up to 15 %.
+    fraction of a second meets all alike. As whole runs, one after the other, equal ones differed by up to 10 %.
     """
     seconds = [(0.0, 0.0)] * len(engines)
     for engine, requests in zip(engines, sets, strict=True):
@@ -179,18 +178,14 @@ def compared(
     name: str, seconds: dict[tuple[str, int], list[float]], one: tuple[str, int], other: tuple[str, int]
 ) -> dict[str, float]:
     """Speed as a share of that with one task: the median over the rounds, each compared within itself, and the 95 %
-    interval of that median by the sign test (between two of the ordered values; no assumption about their spread)."""
+    interval of that median by the sign test (between two of the ordered values; no assumption about their spread). Of
+    fewer than six rounds it is no more than their range."""
     shares = sorted(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
     outside = 0
-    while 2 * _at_most(outside, len(shares)) <= 0.05:
+    while sign_test(outside, len(shares)) <= 0.05:
         outside += 1
     outside = max(0, outside - 1)
     return {name: statistics.median(shares), f"{name}_low": shares[outside], f"{name}_high": shares[-1 - outside]}
-
-
-def _at_most(few: int, tosses: int) -> float:
-    """The probability of at most `few` heads in so many tosses of a fair coin."""
-    return float(sum(math.comb(tosses, heads) for heads in range(few + 1)) / 2**tosses)
 
 
 def compute_prompts(engine: Engine, tasks: Sequence[Task]) -> None:
@@ -317,17 +312,20 @@ def server_load(
         return under_load(service, calls, args.max_tokens, capacity, args.server_requests)
 
 
+def capacity_of(found: dict[str, Any], otherwise: float) -> float:
+    """Requests a second of the engine that writes texts, from the part that keeps it busiest among those measured."""
+    if "beside_peft" in found:
+        return float(found["beside_peft"]["generate"]["requests_per_second"]["softprompt"])
+    if "throughput" in found:
+        return float(found["throughput"]["generate"][-1]["requests_per_second"])
+    return otherwise
+
+
 # --- output ---------------------------------------------------------------------------------------------------------
 
 
 def tell(line: str) -> None:
     print(f"{line} ...", file=sys.stderr, flush=True)
-
-
-def keep(found: dict[str, Any], out: str | None) -> None:
-    """What is measured so far, so that a run that is cut short is not lost."""
-    if out:
-        Path(out).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def fill(found: dict[str, Any], page: Path = PAGE) -> None:
@@ -385,7 +383,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine = Engine(backbone, limits(args, len(texts)))
     if {"throughput", "peft"} & set(args.parts):
         compute_prompts(engine, tasks)
-    capacity = args.capacity
     for kind, count, beside in zip(("generate", "classify"), args.requests, args.beside_peft, strict=True):
         if "throughput" in args.parts:
             tell(f"throughput, {kind}: {args.rounds} rounds of {count} requests for each mix")
@@ -395,13 +392,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tell(f"beside PEFT, {kind}: {args.peft_rounds} rounds of {beside} requests, {args.peft_requests} for PEFT")
             found.setdefault("beside_peft", {})[kind] = against_peft(engine, tasks, folder, args, texts[:beside], kind)
             keep(found, args.out)
-        if kind == "generate" and "throughput" in found:
-            capacity = found["throughput"][kind][-1]["requests_per_second"]
-        if kind == "generate" and "beside_peft" in found:
-            capacity = found["beside_peft"][kind]["requests_per_second"]["softprompt"]
     if "server" in args.parts:
         tell(f"server: {args.server_requests} requests at each load")
-        found["server"] = server_load(backbone, args, texts, capacity)
+        found["server"] = server_load(backbone, args, texts, capacity_of(found, args.capacity))
     print("\n".join(lines(found)))
     finish(found, args.out)
     return 0

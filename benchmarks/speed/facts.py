@@ -74,11 +74,15 @@ def body_parameters(folder: str) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in outside)
 
 
-def finish(document: dict[str, Any], out: str | None) -> None:
-    """Write the document to `out`, if given, and print it as the last line."""
-    line = json.dumps(document)
+def keep(document: dict[str, Any], out: str | None) -> None:
+    """Write the document to `out`, if given, whole or not at all; also of what is measured so far."""
     if out:
         temporary = Path(f"{out}.part")
-        temporary.write_text(line + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
         temporary.replace(out)
-    print(line, flush=True)
+
+
+def finish(document: dict[str, Any], out: str | None) -> None:
+    """Write the document to `out`, if given, and print it as the last line."""
+    keep(document, out)
+    print(json.dumps(document), flush=True)

@@ -20,6 +20,9 @@ from softprompt.comparison.store import DONE, Store
 from softprompt.comparison.summary import as_share, averages, document, summarise, to_csv
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parents[1] / "benchmarks"))
+from speed.tables import put  # noqa: E402
+
 PAGE = HERE.parent / "accuracy.md"
 TUNED = ("lora", "full")
 Line = dict[str, Any]
@@ -57,8 +60,7 @@ def score_table(lines: Sequence[Line]) -> list[str]:
 def _score(line: Line | None) -> str:
     if line is None or line["status"] != DONE:
         return "" if line is None else str(line["status"])
-    scale = 100 * as_share(line) / line["score"] if line["score"] else 100.0
-    ends = "" if line["low"] is None else f" ({scale * line['low']:.1f} to {scale * line['high']:.1f})"
+    ends = "" if line["low"] is None else f" ({100 * as_share(line, 'low'):.1f} to {100 * as_share(line, 'high'):.1f})"
     mark = "**" if line["best"] else ""
     return f"{mark}{100 * as_share(line):.1f}{mark}{ends}, {line['seeds']}"
 
@@ -121,18 +123,6 @@ def _points(differences: Sequence[float]) -> str:
     return f"{100 * sum(differences) / len(differences):+.1f}" if differences else "?"
 
 
-def fill(text: str, tables: dict[str, list[str]]) -> str:
-    """`text` with each table between its markers <!-- name --> and <!-- /name -->."""
-    for name, table in tables.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise SystemExit(f"the page has no markers {begin} and {end}")
-        text = "\n".join([f"{before}{begin}", *table, f"{end}{after}"])
-    return text
-
-
 def main(arguments: list[str], out: Path = HERE, page: Path | None = PAGE) -> int:
     keep = "--keep" in arguments
     folders = [Path(argument) for argument in arguments if argument != "--keep"]
@@ -152,7 +142,10 @@ def main(arguments: list[str], out: Path = HERE, page: Path | None = PAGE) -> in
         (out / f"{name}.svg").write_bytes(as_file(figure))
     if page is not None:
         made = {"scores": score_table(lines), "targets": target_table(lines), "costs": cost_table(lines)}
-        page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        for name, table in made.items():
+            text = put(text, table, name, str(page))
+        page.write_text(text, encoding="utf-8")
     print(f"{len(cells)} cells, {len(lines)} lines: {out / 'summary.json'}")
     return 0
 

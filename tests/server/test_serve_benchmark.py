@@ -16,37 +16,9 @@ from cli_material import make_model  # noqa: E402
 from speed.serve_tables import lines  # noqa: E402
 
 SHORT = [
-    *(
-        "--tasks",
-        "1",
-        "3",
-        "--requests",
-        "4",
-        "4",
-        "--rounds",
-        "1",
-        "--peft-rounds",
-        "1",
-        "--max-tokens",
-        "3",
-        "--rows",
-        "4",
-    ),
-    *(
-        "--tokens",
-        "2",
-        "--beside-peft",
-        "4",
-        "4",
-        "--peft-tasks",
-        "2",
-        "--peft-requests",
-        "3",
-        "--server-tasks",
-        "2",
-        "--server-requests",
-        "4",
-    ),
+    *("--tasks", "1", "3", "--requests", "4", "4", "--rounds", "1", "--max-tokens", "3"),
+    *("--rows", "4", "--tokens", "2", "--peft-tasks", "2", "--peft-rounds", "1", "--peft-requests", "3"),
+    *("--beside-peft", "4", "4", "--server-tasks", "2", "--server-requests", "4"),
 ]
 
 

@@ -24,16 +24,15 @@ BUDGET = (
     *("shots", "shot_tokens"),
 )
 # What may be set for one method (settings: {lora: {rank: 4}}); soft prompts take the fields of TuneConfig.
+OWN_BUDGET = ("epochs", "steps", "batch_size")  # instead of what all have; results.csv shows the steps
 OWN_SETTINGS = {
-    "lora": ("rank", "alpha", "dropout", "weight_decay"),
-    "full": ("weight_decay",),
-    "peft-prompt": ("tokens", "init_text"),
+    "lora": ("rank", "alpha", "dropout", "weight_decay", *OWN_BUDGET),
+    "full": ("weight_decay", *OWN_BUDGET),
+    "peft-prompt": ("tokens", "init_text", *OWN_BUDGET),
     "few-shot": (),
     "zero-shot": (),
 }
 SHARED = ("learning_rate", "max_tokens", "seed", "kind", "validation_rows")
-# What one method that trains may get of its own, instead of what all have; the table shows its steps.
-OWN_BUDGET = ("epochs", "steps", "batch_size")
 
 
 class Budget(BaseModel):
@@ -248,18 +247,16 @@ def _settings(config: ComparisonConfig) -> Iterator[str]:
         if name not in METHODS:
             continue
         known = [key for key in TuneConfig.model_fields if key not in SHARED] if name in SOFT else OWN_SETTINGS[name]
-        known = [*known, *OWN_BUDGET] if METHODS[name].trains and name not in SOFT else list(known)
         for key in given:
             if key in SHARED:
                 yield f"settings.{name}.{key}: is the same for all methods, or given as learning_rates; set it there"
             elif key not in known:
                 yield f"settings.{name}.{key}: unknown; known are {', '.join(known) or 'none'}"
-        if METHODS[name].trains:
-            checked = known if name in SOFT else OWN_BUDGET
-            try:
-                TuneConfig(**{key: value for key, value in given.items() if key in checked})
-            except ValidationError as error:
-                yield from (f"settings.{name}.{_in_words(each)}" for each in error.errors())
+        checked = known if name in SOFT else OWN_BUDGET
+        try:
+            TuneConfig(**{key: value for key, value in given.items() if key in checked})
+        except ValidationError as error:
+            yield from (f"settings.{name}.{_in_words(each)}" for each in error.errors())
 
 
 def _tasks(config: ComparisonConfig) -> Iterator[str]:

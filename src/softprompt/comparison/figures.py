@@ -46,8 +46,7 @@ def scores_figure(lines: Sequence[Line]) -> plots.Figure | None:
             axes.plot([as_share(x) for x in some], heights, linestyle="none", markersize=6, **style(method))
             for line, height in zip(some, heights):
                 if line["low"] is not None:
-                    scale = as_share(line) / line["score"] if line["score"] else 1.0
-                    ends = [line["low"] * scale, line["high"] * scale]
+                    ends = [as_share(line, "low"), as_share(line, "high")]
                     axes.plot(ends, [height] * 2, color=style(method)["color"], linewidth=1)
         axes.set_yticks(range(len(tasks)), tasks)
         axes.invert_yaxis()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..data import Split
-from ..evaluation.intervals import Array, Interval, percentile_interval, resampled_sums
+from ..evaluation.intervals import Array, Interval, percentile_interval, resampled_sums, sign_test
 from ..evaluation.metrics import balanced_accuracy, macro_f1
 from ..evaluation.runner import Report
 from ..evaluation.texts import _row_scores, bleu_tokenizer
@@ -157,11 +156,7 @@ def _pairs(best: Sequence[Cell], other: Sequence[Cell]) -> list[tuple[Cell, Cell
 def mcnemar(first: Array, second: Array) -> float:
     """Two-sided exact p: of the rows that only one of two methods gets right, half should be each's. [N] booleans."""
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    total, few = only_first + only_second, min(only_first, only_second)
-    if total == 0:
-        return 1.0
-    tail = sum(math.comb(total, k) for k in range(few + 1)) / 2**total
-    return min(1.0, 2 * tail)
+    return sign_test(min(only_first, only_second), only_first + only_second)
 
 
 def bootstrap_p(differences: Array) -> float:

@@ -97,9 +97,9 @@ def averages(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def as_share(line: dict[str, Any]) -> float:
-    """A score between 0 and 1."""
-    return float(line["score"]) / (100 if line["metric"] in PERCENT else 1)
+def as_share(line: dict[str, Any], key: str = "score") -> float:
+    """A score, or an end of its interval (`low`, `high`), between 0 and 1."""
+    return float(line[key]) / (100 if line["metric"] in PERCENT else 1)
 
 
 def to_csv(lines: Sequence[dict[str, Any]]) -> str:

@@ -22,6 +22,15 @@ RESAMPLES = 1000
 CELLS_AT_ONCE = 4_000_000  # numbers drawn at once, which bounds the memory to some tens of megabytes
 
 
+def sign_test(fewer: int, tosses: int) -> float:
+    """Two-sided exact p that a fair coin falls so unevenly: min(1, 2 * P(Binomial(tosses, 1/2) <= fewer)).
+
+    1 where nothing was tossed.
+    """
+    tail = sum(math.comb(tosses, k) for k in range(fewer + 1))
+    return min(1.0, 2 * (tail / 2**tosses))
+
+
 def wilson(successes: int, n: int, level: float = LEVEL) -> Interval | None:
     """Wilson's score interval of a share (Wilson 1927; Brown, Cai and DasGupta 2001, equation 4).
 

@@ -25,7 +25,7 @@ from ..computation import (
 from ..data import Split
 from ..encoding import Encoder
 from ..errors import DataError
-from ..evaluation.intervals import bootstrap
+from ..evaluation.intervals import bootstrap, sign_test
 from ..evaluation.runner import label_scores, make_encoder
 from ..losses import PIECE, log_probabilities
 from ..placement import Row, shared_length
@@ -203,10 +203,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     either side like a coin: p = min(1, 2 * P(Binomial(a + b, 1/2) <= min(a, b))). 1 where there are no such rows.
     """
     tosses, fewer = only_a + only_b, min(only_a, only_b)
-    if tosses == 0:
-        return 1.0
-    tail = sum(math.comb(tosses, k) for k in range(fewer + 1))
-    return min(1.0, 2 * (tail / 2**tosses))
+    return sign_test(fewer, tosses)
 
 
 def without(backbone: Backbone, vectors: Tensor, kept: Sequence[int]) -> Tensor | None:
