@@ -1,0 +1,79 @@
+"""The search for defaults: a tiny model that is pretrained here, and trials that are not run twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests" / "cli")]
+import defaults  # noqa: E402
+import tiny_model  # noqa: E402
+from cli_material import make_model  # noqa: E402
+
+import softprompt as sp  # noqa: E402
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two data sets; the label never stands in a text."""
+    monkeypatch.setattr(tiny_model, "SETS", ("sst2", "trec"))
+    folder = tmp_path / "data"
+    for name, labels in (("sst2", ["negative", "positive"]), ("trec", ["human", "number"])):
+        (folder / name).mkdir(parents=True)
+        rows = [{"text": f"{['dull', 'lovely'][i % 2]} film {i} " * 40, "label": labels[i % 2]} for i in range(120)]
+        for split in ("train", "validation", "test"):
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_tiny_model_is_one_that_every_command_can_use(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not any(word in text for text in tiny_model.texts(data) for word in ("positive", "number"))
+    out = tmp_path / "tiny"
+    assert tiny_model.main(["--data", str(data), "--out", str(out), "--steps", "3", "--threads", "1"]) == 0
+    assert "step 3/3" in capsys.readouterr().out
+    backbone = sp.Backbone.load(str(out))
+    assert (backbone.model.config.model_type, backbone.width, backbone.context_length) == ("gpt2", 256, 512)
+    assert backbone.tokenizer.decode(backbone.tokenizer("A lovely film: äöü")["input_ids"]) == "A lovely film: äöü"
+
+
+def test_tiny_model_says_what_is_missing_before_it_trains(data: Path, tmp_path: Path) -> None:
+    (data / "trec" / "train.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        tiny_model.main(["--data", str(data), "--out", str(tmp_path / "tiny")])
+    with pytest.raises(SystemExit):
+        tiny_model.main(["--data", str(data), "--out", str(tmp_path)])
+
+
+def test_trials_change_one_setting_of_the_base_and_are_not_run_twice(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(make_model(tmp_path)), tmp_path / "found"
+    told = ["--data", str(data), "--out", str(out), "--models", model, "--tasks", "sst2", "--axes", "init", "place"]
+    monkeypatch.setattr(
+        defaults, "AXES", {"init": [{"init": "random"}], "place": [{"tokens": 900}, {"place": "front"}]}
+    )
+    defaults.main([*told, "--rows", "20", "--test-rows", "12"])
+    (file,) = out.iterdir()
+    found = json.loads(file.read_text())
+    assert [trial["change"] for trial in found["trials"]] == [
+        {}, {"init": "random"}, {"tokens": 900}, {"place": "front"}
+    ]  # fmt: skip
+    base, random, too_long, front = found["trials"]
+    assert "900 soft tokens" in too_long["error"]
+    assert base["trained_parameters"] == random["trained_parameters"] == front["trained_parameters"]
+    assert base["loss"] != random["loss"] != front["loss"]
+    assert all(0 <= trial["low"] <= trial["score"] <= trial["high"] <= 1 for trial in (base, random, front))
+
+    capsys.readouterr()
+    defaults.main([*told, "--rows", "20", "--test-rows", "12"])
+    assert capsys.readouterr().out == "" and json.loads(file.read_text())["trials"] == found["trials"]
+    with pytest.raises(SystemExit, match="another rows"):
+        defaults.main([*told, "--rows", "10", "--test-rows", "12"])
+    with pytest.raises(SystemExit, match="no task nothing"):
+        defaults.main(["--data", str(data), "--out", str(out), "--tasks", "nothing"])
