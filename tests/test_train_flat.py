@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import softprompt as sp
+from softprompt.training.loop import WARMUP
 from tiny_models import make_backbone
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
@@ -71,6 +72,7 @@ def test_the_defaults_are_tunes():
         name: p.default for name, p in signature(train).parameters.items() if name in sp.TuneConfig.model_fields
     }
     assert len(defaults) == 10
+    assert defaults.pop("warmup") == WARMUP["embedding"]
     assert defaults == {name: sp.TuneConfig.model_fields[name].default for name in defaults}
 
 

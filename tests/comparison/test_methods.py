@@ -192,12 +192,28 @@ def test_moving_the_soft_tokens_leaves_the_text_as_it_is() -> None:
     template = Template.make("{soft}Premise: {a}\nClaim: {b}\nTrue:", " {label}", labels=["no", "yes"])
     row = {"a": "x", "b": "y"}
     moved = behind(template)
-    assert moved is not None and moved.input == "Premise: {a}\nClaim: {b}{soft}\nTrue:"
+    assert moved is not None and moved.input == "Premise: {a}\nClaim: {b}\nTrue{soft}:"
     assert moved.placement == "behind"
     assert at_the_front(moved).placement == "front"
     assert moved.render_context(row) == template.render_context(row) == at_the_front(moved).render_context(row)
     chat = Template.make(None, " {label}", [("user", "{soft}{a}")], ["no", "yes"])
     assert behind(chat) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "moved"),
+    [
+        ("{a} is true", "{a} is{soft} true"),
+        ("{a} = }}", "{a} ={soft} }}"),
+        ("{a}\nKết luận", "{a}\nKết{soft} luận"),
+        ("{a}:", "{a}{soft}:"),
+        ("{a}", "{a}{soft}"),
+        ("{a} Answer:\n", "{a} Answer{soft}:\n"),
+    ],
+)
+def test_soft_tokens_are_moved_before_the_last_word_or_sign(text: str, moved: str) -> None:
+    found = behind(Template.make("{soft}" + text, " {label}", labels=["no", "yes"]))
+    assert found is not None and found.input == moved
 
 
 def test_a_deep_prompt_inside_the_text_is_left_out(backbone: Backbone, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..training.loop import Validation
 from .protocol import Job, Opened, Trained
 
 SHOTS_FILE = "shots.json"
+LAST_WORD = re.compile(r"\s*(\{\{|\}\}|\w+|[^\w\s])\s*$")  # a doubled brace is one sign
 
 
 class ZeroShot:
@@ -143,13 +145,18 @@ def trained_numbers(prompt: SoftPrompt, sink: int) -> int:
 
 
 def behind(template: Template) -> Template | None:
-    """The same text with the soft tokens directly behind its last field; None for a chat."""
+    """The same text with the soft tokens before the last word or sign that follows its last field; None for a chat.
+
+    All that stands before them is computed once, and a step costs what follows them: one token for "Sentiment{soft}:".
+    """
     if template.input is None:
         return None
     text = template.input.replace(SOFT, "")
     field = [piece.value for piece in parse(text) if piece.kind == "field"][-1]
     head, mark, tail = text.rpartition("{" + field + "}")
-    return replace(template, input=f"{head}{mark}{SOFT}{tail}")
+    last = LAST_WORD.search(tail)
+    place = last.start() if last else 0
+    return replace(template, input=f"{head}{mark}{tail[:place]}{SOFT}{tail[place:]}")
 
 
 def at_the_front(template: Template) -> Template:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ..errors import OutputError, TrainingError
 
-FORMAT = 1
+FORMAT = 2  # 2: what a deep prompt has learned stands in other units
 
 
 @dataclass

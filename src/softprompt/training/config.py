@@ -29,7 +29,12 @@ class TuneConfig(BaseModel):
         1, ge=0, description="first tokens of a deep prompt at the front that never move: attention rests on them"
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with rising learning rate")
+    warmup: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the steps with rising learning rate; default: 0.05, for a deep prompt 0.3",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     clip: float = Field(1.0, ge=0, description="largest gradient norm of the whole prompt; 0 does not clip")
     epochs: float | None = Field(

@@ -32,6 +32,8 @@ NO_GAIN = "no better score"
 # By default: two passes, but not fewer steps than LEAST (two passes of 26 rows are 3 steps, which teach nothing), and
 # up to six where that makes no more than ENOUGH: 500 rows twice are 62 steps, and 188 teach far more (docs/log.md).
 EPOCHS, MOST_EPOCHS, LEAST, ENOUGH = 2.0, 6.0, 30, 200
+# A deep prompt that starts fast is lost for many steps; one that starts slowly bears twice the learning rate.
+WARMUP = {"embedding": 0.05, "deep": 0.3}
 
 
 @dataclass
@@ -125,6 +127,7 @@ class Trainer:
         self.optimizer = make_optimizer(
             self.parameters, config.optimizer, config.learning_rate, config.weight_decay, self.unit
         )
+        self.warmup = WARMUP[config.kind] if config.warmup is None else config.warmup
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.steps = planned_steps(config, len(rows))
         self.step = 0
@@ -183,7 +186,7 @@ class Trainer:
         self.optimizer.zero_grad()
         vectors.backward(gradient)
         norm = self._clip()
-        factor = learning_rate_factor(self.step, self.steps, self.config.warmup, self.config.schedule)
+        factor = learning_rate_factor(self.step, self.steps, self.warmup, self.config.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimizer.step()

@@ -43,13 +43,18 @@ class ResidualPromptParameters(PromptParameters):
         yield from (self.down, self.up, self.scale)
 
 
+# How far a deep prompt's keys and values go for one learning rate, in units of their RMS. Keys that move fast saturate
+# the attention and are lost for many steps; values may, and must, move much faster. By sweeps, docs/log.md.
+KEYS, VALUES = 0.6, 8.0
+
+
 class DeepPromptParameters(nn.Module):
     """A deep prompt [L, 2, K, P, D] as its start plus what is learned, in units of its size in each place.
 
-    Keys are many times larger than values and both grow with depth, so one learning rate serves only numbers that are
-    all of size one: the unit is the RMS of the start over the tokens of a layer's keys, or values. The first `sink`
-    tokens never move: much of every query's attention rests on the first token of a sequence, whatever it is (Xiao et
-    al. 2024, arXiv:2309.17453).
+    Keys are many times larger than values and both grow with depth, so one learning rate serves only numbers that
+    are all of one size: the unit is the RMS of the start over the tokens of a layer's keys, or values, times KEYS
+    or VALUES. The first `sink` tokens never move: much of every query's attention rests on the first token of a
+    sequence, whatever it is (Xiao et al. 2024, arXiv:2309.17453).
     """
 
     def __init__(self, initial: torch.Tensor, sink: int):
@@ -57,6 +62,7 @@ class DeepPromptParameters(nn.Module):
         self.delta = nn.Parameter(torch.zeros_like(initial, dtype=torch.float32))
         learned = initial[:, :, :, sink:] if initial.shape[3] > sink else initial
         unit = learned.float().square().mean(dim=(2, 3, 4), keepdim=True).sqrt().clamp(min=1e-6)  # [L, 2, 1, 1, 1]
+        unit = unit * torch.tensor([KEYS, VALUES]).view(1, 2, 1, 1, 1)
         free = torch.ones(initial.shape[3], 1)
         free[:sink] = 0
         self.initial = initial.detach().clone().float()
