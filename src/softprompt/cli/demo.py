@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2-135m"
 # The soft tokens stand behind the review: what the model makes of a review is then computed once.
-INPUT = "Review: {text}\n{soft}Sentiment:"
+INPUT = "Review: {text}\nSentiment{soft}:"
 TARGET = " {label}"
 LABELS = ["negative", "positive"]
 SETTINGS: dict[str, Any] = {
@@ -30,7 +30,6 @@ SETTINGS: dict[str, Any] = {
     "tokens": 20,
     "epochs": 2.0,
     "batch_size": 32,
-    "learning_rate": 0.1,
     "text_cache": "memory",  # a demo leaves no gigabytes behind
     "text_cache_bits": 8,  # and stays within 4 GB of memory
     "validate_every": 63,
