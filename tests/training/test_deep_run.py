@@ -11,6 +11,7 @@ from softprompt.computation import deep_from_tokens
 from softprompt.errors import BackboneMismatchError, ConfigError
 from softprompt.evaluation.runner import make_encoder
 from softprompt.placement import Row
+from softprompt.training.parameters import KEYS, VALUES, make_parameters
 from tiny_models import make_backbone, make_tokenizer
 
 DEEP = {**SETTINGS, "kind": "deep"}
@@ -30,6 +31,29 @@ def test_the_loss_falls_and_only_the_prompt_changed(backbone, input):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
     assert result.prompt.kind == "deep" and result.prompt.vectors.shape == (3, 2, 2, 4, 8)
+
+
+def test_keys_and_values_are_learned_in_their_own_units_by_layer():
+    initial = torch.randn(3, 2, 2, 4, 8) * torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1, 1, 1)
+    parameters = make_parameters(initial, "none", 1.0, 0, sink=1)
+    torch.testing.assert_close(parameters.vectors(), initial)
+    with torch.no_grad():
+        parameters.delta += 0.5  # what Adam would call a step of 0.5
+    moved = parameters.vectors().detach() - initial
+    assert bool((moved[:, :, :, 0] == 0).all())
+    size = initial[:, :, :, 1:].square().mean(dim=(2, 3, 4)).sqrt()  # [L, 2]
+    expected = 0.5 * size * torch.tensor([KEYS, VALUES])
+    torch.testing.assert_close(moved[:, :, :, 1:], expected[:, :, None, None, None].expand(3, 2, 2, 3, 8))
+
+
+def test_a_deep_prompt_starts_more_slowly(backbone):
+    def rates(**settings):
+        result = sp.tune(backbone, make_task(input=BEHIND), **{**DEEP, "steps": 20, **settings})
+        return [event["learning_rate"] for event in result.history if event["event"] == "step"]
+
+    deep, embedding = rates(), rates(kind="embedding")
+    assert deep.index(max(deep)) == 6 and embedding.index(max(embedding)) == 1
+    assert rates(warmup=0.05) == embedding
 
 
 @pytest.mark.parametrize(("input", "sink", "still"), [(FRONT, 1, 1), (FRONT, 0, 0), (BEHIND, 1, 0)])
