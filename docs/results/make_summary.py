@@ -127,7 +127,8 @@ def main(arguments: list[str], out: Path = HERE, page: Path | None = PAGE) -> in
     keep = "--keep" in arguments
     folders = [Path(argument) for argument in arguments if argument != "--keep"]
     if keep:
-        for path in (path for folder in folders for path in sorted((folder / "cells").glob("*.json"))):
+        others = [folder for folder in folders if folder.resolve() != out.resolve()]
+        for path in (path for folder in others for path in sorted((folder / "cells").glob("*.json"))):
             (out / "cells").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, out / "cells" / path.name)
     cells = collect(folders if folders and not keep else [out])
