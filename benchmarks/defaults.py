@@ -7,27 +7,26 @@ The tasks and their templates are those of recipes/compare_tasks.yaml, the base 
 trial is a run of `softprompt.tune` on the first 300 training rows of a random order, with 100 validation rows, scored
 on 500 test rows. The axis learning_rate goes over a range of 30 times, from a fifth of the default to six times it.
 
-RESULTS/MODEL.TASK.json is written after each trial; the same command goes on with the next one that is not there. The
-tables of docs/accuracy.md are made from docs/results/defaults by docs/results/make_summary.py. Seconds are of
-processor time, so that programs beside it count for little.
+RESULTS/MODEL.TASK.json is written after each trial; the same command goes on with the next one that is not there.
+Seconds are of processor time, so that programs beside it count for little.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from speed.facts import facts, keep
+from speed.tables import read_json
 
 import softprompt as sp
 from softprompt.attention import StateCache
-from softprompt.comparison.config import TaskSpec
+from softprompt.comparison.cell import load_task
+from softprompt.comparison.config import ComparisonConfig
 from softprompt.comparison.prompting import behind
 from softprompt.errors import SoftPromptError
 from softprompt.evaluation.runner import evaluate_prompt
@@ -53,6 +52,7 @@ AXES: dict[str, list[dict[str, Any]]] = {
         {"kind": "embedding", "reparametrisation": "residual"},
     ],
 }
+VALIDATION_ROWS = 100
 KEPT_BYTES = 6 << 30  # states of test texts
 
 
@@ -73,76 +73,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    known = read_yaml(RECIPE, [])["tasks"]
+    known = {name: spec for name, spec in read_yaml(RECIPE, [])["tasks"].items() if "labels" in spec}
     if unknown := set(args.tasks) - set(known):
         raise SystemExit(f"there is no task {', '.join(sorted(unknown))} in {RECIPE}; it has {', '.join(known)}")
     trials = [{"axis": "base", "change": {}}]
     trials += [{"axis": axis, "change": change} for axis in args.axes for change in AXES[axis]]
     args.out.mkdir(parents=True, exist_ok=True)
     for model in args.models:
+        tasks = {name: known[name] for name in args.tasks}
+        config = ComparisonConfig(
+            model=model, data=args.data, tasks=tasks, train_rows=args.rows, test_rows=args.test_rows
+        )
         backbone = sp.Backbone.load(model, precision="float32")
         for name in args.tasks:
-            document = f"{Path(model).name}.{name}.json"
-            run_all(
-                backbone, TaskSpec(**known[name]), Path(args.data), trials, args, args.out / document, (model, name)
-            )
+            run_all(backbone, config, name, trials, args.out / f"{Path(model).name}.{name}.json")
     return 0
 
 
 def run_all(
-    backbone: sp.Backbone,
-    spec: TaskSpec,
-    data: Path,
-    trials: Sequence[dict[str, Any]],
-    args: argparse.Namespace,
-    out: Path,
-    named: tuple[str, str],
+    backbone: sp.Backbone, config: ComparisonConfig, name: str, trials: Sequence[dict[str, Any]], out: Path
 ) -> None:
     """All trials of one task that are not in `out` yet; each is added to it."""
-    setting = {"task": named[1], "rows": args.rows, "test_rows": args.test_rows, "base": BASE}
-    made = {**facts("defaults", Path(named[0]).name, "cpu", torch.get_num_threads()), **setting, "trials": []}
+    model = Path(config.model[0]).name
+    setting = {"task": name, "rows": config.train_rows, "test_rows": config.test_rows, "base": BASE}
+    made = {**facts("defaults", model, "cpu", torch.get_num_threads()), **setting, "trials": []}
     if out.exists():
-        kept = json.loads(out.read_text(encoding="utf-8"))
+        kept = read_json(out)
         if differing := [key for key in setting if kept[key] != setting[key]]:
             raise SystemExit(f"{out} was made with another {', '.join(differing)}; choose another --out")
         made["trials"] = kept["trials"]
     done = [trial["change"] for trial in made["trials"]]
     texts = StateCache(KEPT_BYTES)
-    tasks: dict[str, sp.Task] = {}
+    front = load_task(config, name)
+    tasks = {"front": front, "behind": front.with_template(behind(front.template))}
     for trial in trials:
         if trial["change"] in done:
             continue
-        settings = {**BASE, **trial["change"]}
-        place = settings.pop("place")
-        if place not in tasks:
-            tasks[place] = load(spec, data, place, args)
-        result = trial | run(backbone, tasks[place], settings, texts)
+        settings = {"validation_rows": VALIDATION_ROWS, **BASE, **trial["change"]}
+        result = trial | run(backbone, tasks[settings.pop("place")], settings, texts)
         made["trials"].append(result)
         keep(made, str(out))
-        told = (
-            "failed: " + result["error"] if "error" in result else f"{result['score']:.3f}, loss {result['loss']:.3f}"
-        )
-        print(f"{named[0]} {named[1]} {trial['change'] or 'base'}: {told}, {result['cpu_seconds']:.0f} s", flush=True)
-
-
-def load(spec: TaskSpec, data: Path, place: str, args: argparse.Namespace) -> sp.Task:
-    template = spec.template()
-    if place == "behind":
-        template = behind(template)
-    task = sp.Task.load(
-        data / spec.train,
-        validation=data / spec.validation,
-        test=data / spec.test,
-        input=template.input,
-        target=spec.target,
-        labels=spec.labels,
-    )
-    return replace(
-        task,
-        train=task.train.take(args.rows, seed=0),
-        validation=task.validation.take(100, seed=0),
-        test=task.test.take(args.test_rows, seed=0),
-    )
+        told = result.get("error") or f"{result['score']:.3f}, loss {result['loss']:.3f}"
+        print(f"{model} {name} {trial['change'] or 'base'}: {told}, {result['cpu_seconds']:.0f} s", flush=True)
 
 
 def run(backbone: sp.Backbone, task: sp.Task, settings: dict[str, Any], texts: StateCache) -> dict[str, Any]:

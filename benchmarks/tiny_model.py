@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from softprompt.atomic import write_folder
 
 VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT = 4096, 256, 6, 4, 512
 END = "<|endoftext|>"
@@ -88,16 +90,10 @@ def pieces(stream: torch.Tensor, size: int, length: int, seed: int) -> Iterator[
 
 
 def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Written beside and then renamed, so that a kill leaves the folder before or the one after."""
-    part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
-    for folder in (part, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    if out.exists():
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_folder(out, {path.name: path.read_bytes() for path in Path(folder).iterdir()})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=args.steps + 1, pct_start=0.05)
     begun = time.monotonic()
-    for step, batch in enumerate(pieces(stream, 16, 128, seed=0), 1):
+    for step, batch in zip(range(1, args.steps + 1), pieces(stream, 16, 128, seed=0)):
         loss = model(batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -131,9 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 unseen = model(held, labels=held).loss.item()
             save(model, tokenizer, args.out)
             print(f"kept in {args.out}; {unseen:.3f} nats a token on texts not trained on", flush=True)
-        if last:
-            return 0
-    return 1
+    return 0
 
 
 if __name__ == "__main__":

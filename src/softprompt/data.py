@@ -63,6 +63,11 @@ class Task:
     name: str = "task"
     source: dict[str, Any] = field(default_factory=dict)
 
+    def with_template(self, template: Template) -> Task:
+        """The same rows with another template around them, whose columns they must have."""
+        splits = {name: replace(getattr(self, name), template=template) for name in NAMES}
+        return replace(self, template=template, **splits)
+
     @staticmethod
     def load(
         train: str | Path | None = None,

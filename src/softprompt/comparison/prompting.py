@@ -133,8 +133,7 @@ class Soft:
     def _task(self, job: Job) -> Any:
         template = self._template(job)
         assert template is not None, "asked why_not before"
-        parts = {name: replace(getattr(job.task, name), template=template) for name in ("train", "validation", "test")}
-        return replace(job.task, template=template, **parts)
+        return job.task.with_template(template)
 
 
 def trained_numbers(prompt: SoftPrompt, sink: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,7 @@ def _with_input(task: Task, text: str) -> Task:
     missing = [name for name in template.fields if any(name not in row for row in task.train)]
     if missing:
         raise TemplateError(f"no column '{missing[0]}' in the rows; they have {', '.join(task.train[0])}")
-    train, validation, test = (replace(split, template=template) for split in (task.train, task.validation, task.test))
-    return replace(task, template=template, train=train, validation=validation, test=test)
+    return task.with_template(template)
 
 
 def begin_all(
