@@ -40,7 +40,7 @@ class TuneConfig(BaseModel):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over the training rows; default: 2, or up to 6 for 200 steps, and at least 30 steps",
+        description="passes over the training rows; default: 2, or up to 6 (deep: 4) for 200 steps; 30 steps at least",
     )
     steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     batch_size: int = Field(16, ge=1, description="examples an optimiser step")
