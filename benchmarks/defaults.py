@@ -27,7 +27,7 @@ import softprompt as sp
 from softprompt.attention import StateCache
 from softprompt.comparison.cell import load_task
 from softprompt.comparison.config import ComparisonConfig
-from softprompt.comparison.prompting import behind
+from softprompt.comparison.places import behind
 from softprompt.errors import SoftPromptError
 from softprompt.evaluation.runner import evaluate_prompt
 from softprompt.plain_yaml import read_yaml

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from comparison_material import make_config, settings, write_jsonl, write_reviews
 
+from softprompt.comparison import places
 from softprompt.comparison.catalogue import METHODS, SOFT
 from softprompt.comparison.cell import make_method
 from softprompt.comparison.config import OWN_SETTINGS, check_comparison, load_comparison
@@ -95,6 +96,33 @@ def test_file_then_key_values_then_flags(tmp_path: Path) -> None:
         load_comparison(path, ["epochs"])
     with pytest.raises(ConfigError, match="cannot be set"):
         load_comparison(path, ["batch_size.x=1"])
+
+
+def test_only_the_tasks_that_are_wanted_need_their_files(tmp_path: Path) -> None:
+    write_reviews(tmp_path)
+    given = settings(tmp_path)
+    ((name, task),) = given["tasks"].items()
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump({**given, "tasks": {"other": {**task, "test": "missing.jsonl"}, name: task}}))
+    assert list(load_comparison(path, only=[name]).tasks) == [name]
+    with pytest.raises(ConfigError, match=r"other\.test: no file .*missing\.jsonl"):
+        load_comparison(path)
+    with pytest.raises(ConfigError, match="no task third in the config; it has other, ") as raised:
+        load_comparison(path, only=[name, "third"])
+    assert len(raised.value.problems) == 1
+
+
+def test_where_a_prompt_stands_is_part_of_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results made with the soft tokens in another place are not taken for today's."""
+
+    def digests() -> dict[str, str]:
+        config = make_config(tmp_path, methods=["lora", "deep", "deep-behind"])
+        return {cell.method: cell.digest for cell in plan(config)}
+
+    before = digests()
+    monkeypatch.setattr(places, "LAST_WORD", re.compile("$"))
+    after = digests()
+    assert {name for name in before if before[name] != after[name]} == {"deep-behind"}
 
 
 def test_a_task_may_have_its_own_budget_and_fewer_methods(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from softprompt.backbone import Backbone
 from softprompt.comparison import adapted
 from softprompt.comparison.catalogue import METHODS, SOFT
 from softprompt.comparison.cell import load_task, make_method, run_cell
-from softprompt.comparison.prompting import at_the_front, behind, shots_that_fit
+from softprompt.comparison.places import at_the_front, behind
+from softprompt.comparison.prompting import shots_that_fit
 from softprompt.comparison.protocol import Job
 from softprompt.evaluation.runner import evaluate_prompt
 from softprompt.templates import Template

@@ -14,7 +14,6 @@ from .output import Output, duration
 from .progress import PLAIN_SECONDS
 
 if TYPE_CHECKING:
-    from ..comparison.config import ComparisonConfig
     from ..comparison.run import Progress
 
 
@@ -45,10 +44,10 @@ def compare(
     """
     from ..comparison.config import load_comparison
 
+    only = None if tasks is None else [name.strip() for name in tasks.split(",")]
     config = load_comparison(
-        settings[0], settings[1:], data=data, model=model, methods=methods, seeds=seeds, out=folder
+        settings[0], settings[1:], only=only, data=data, model=model, methods=methods, seeds=seeds, out=folder
     )
-    config = _only(config, tasks)
     from ..comparison.report import write_results
     from ..comparison.run import compare as compare_all
     from ..comparison.summary import document
@@ -75,16 +74,6 @@ def compare(
     out.document({**document(lines), "files": files})
     if failed:
         raise typer.Exit(FAILED)
-
-
-def _only(config: ComparisonConfig, tasks: str | None) -> ComparisonConfig:
-    if tasks is None:
-        return config
-    names = [name.strip() for name in tasks.split(",")]
-    unknown = [name for name in names if name not in config.tasks]
-    if unknown:
-        raise ConfigError(f"tasks: no task {unknown[0]} in the config; it has {', '.join(config.tasks)}")
-    return config.model_copy(update={"tasks": {name: config.tasks[name] for name in names}})
 
 
 def tables(lines: list[dict[str, Any]]) -> list[Any]:

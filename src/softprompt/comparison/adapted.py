@@ -18,7 +18,7 @@ from ..initialisers import instruction
 from ..losses import summed_cross_entropy
 from ..machine import memory
 from ..placement import Row, in_rectangle
-from .prompting import at_the_front
+from .places import at_the_front
 from .protocol import Job, Opened, Trained, around
 from .weights import answer_loss, train, validator
 

@@ -38,6 +38,7 @@ METHODS: dict[str, MethodFacts] = {
     "full": MethodFacts("all weights of a copy of the model", (1e-5, 3e-5, 1e-4)),
 }
 SOFT = ("prompt", "prompt-behind", "deep", "deep-behind")
+BEHIND = ("prompt-behind", "deep-behind")
 CLASS_METRICS = ("accuracy", "macro_f1", "balanced_accuracy")
 TEXT_METRICS = ("rouge_l", "token_f1", "exact_match", "chrf", "bleu")
 PERCENT = ("chrf", "bleu")  # from 0 to 100, the others from 0 to 1

@@ -156,9 +156,12 @@ class ComparisonConfig(Budget):
 # --- reading and checking -------------------------------------------------------------------------------------------
 
 
-def load_comparison(path: str | Path | None, overrides: Sequence[str] = (), **flags: Any) -> ComparisonConfig:
+def load_comparison(
+    path: str | Path | None, overrides: Sequence[str] = (), *, only: Sequence[str] | None = None, **flags: Any
+) -> ComparisonConfig:
     """A checked config: the YAML file, then `key=value` texts (tasks.sst2.epochs=1 reaches inside), then flags.
 
+    only: names of the tasks that are wanted; the others are left out, and what they lack is no mistake.
     Raises ConfigError with every mistake that can be known before a row is read or a model is loaded.
     """
     problems: list[str] = []
@@ -173,6 +176,12 @@ def load_comparison(path: str | Path | None, overrides: Sequence[str] = (), **fl
         except (yaml.YAMLError, TypeError):
             problems.append(f"{key}: cannot be set to {value!r}")
     data |= {key: value for key, value in flags.items() if value is not None}
+    tasks = data.get("tasks")
+    if only is not None and isinstance(tasks, dict):
+        unknown = [name for name in only if name not in tasks]
+        if unknown:
+            raise ConfigError([*problems, f"tasks: no task {unknown[0]} in the config; it has {', '.join(tasks)}"])
+        data["tasks"] = {name: tasks[name] for name in only}
     return check_comparison(data, problems)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,13 @@ from ..data import Split
 from ..encoding import Encoder
 from ..evaluation.runner import pick_shots
 from ..fileformat import load_prompt
-from ..markup import SOFT, parse
 from ..prompt import SoftPrompt
 from ..templates import Template
 from ..training.loop import Validation
+from .places import behind
 from .protocol import Job, Opened, Trained
 
 SHOTS_FILE = "shots.json"
-LAST_WORD = re.compile(r"\s*(\{\{|\}\}|\w+|[^\w\s])\s*$")  # a doubled brace is one sign
 
 
 class ZeroShot:
@@ -141,29 +139,6 @@ def trained_numbers(prompt: SoftPrompt, sink: int) -> int:
     rests = prompt.kind == "deep" and prompt.template is not None and prompt.template.placement == "front"
     moving = prompt.tokens - sink if rests and prompt.tokens > sink else prompt.tokens
     return prompt.vectors.numel() // prompt.tokens * moving
-
-
-def behind(template: Template) -> Template | None:
-    """The same text with the soft tokens before the last word or sign that follows its last field; None for a chat.
-
-    All that stands before them is computed once, and a step costs what follows them: one token for "Sentiment{soft}:".
-    """
-    if template.input is None:
-        return None
-    text = template.input.replace(SOFT, "")
-    field = [piece.value for piece in parse(text) if piece.kind == "field"][-1]
-    head, mark, tail = text.rpartition("{" + field + "}")
-    last = LAST_WORD.search(tail)
-    place = last.start() if last else 0
-    return replace(template, input=f"{head}{mark}{tail[:place]}{SOFT}{tail[place:]}")
-
-
-def at_the_front(template: Template) -> Template:
-    """The same text with the soft tokens before everything, as PEFT puts them. Chat turns lose their marker."""
-    if template.input is not None:
-        return replace(template, input=template.input.replace(SOFT, ""))
-    turns = tuple((role, text.replace(SOFT, "")) for role, text in template.chat or ())
-    return replace(template, chat=turns)
 
 
 class TextClock:

@@ -13,7 +13,9 @@ from typing import Any
 
 from ..atomic import write_atomic
 from ..errors import ConfigError, OutputError
+from .catalogue import BEHIND
 from .config import ComparisonConfig
+from .places import behind
 
 FORMAT = 1
 DONE, LEFT_OUT, FAILED = "done", "left out", "failed"
@@ -43,18 +45,20 @@ def slug(model: str) -> str:
 
 def digest_of(config: ComparisonConfig, task: str, model: str, method: str, rows: dict[str, Any]) -> str:
     """Sixteen hex digits of the data (`rows`: its sizes and hashes), template, budget and settings of a cell."""
-    spec = config.tasks[task]
+    template = config.tasks[task].template()
+    placed = behind(template) if method in BEHIND else None
     data = {
         "format": FORMAT,
         "rows": rows,
-        "template": spec.template().to_dict(),
-        "metric": spec.score_name,
+        "template": template.to_dict(),
+        "metric": config.tasks[task].score_name,
         "budget": config.budget(task),
         "model": model,
         "precision": config.precision,
         "method": method,
         "rates": config.rates(method),
         "settings": config.settings.get(method, {}),
+        **({"placed": placed.input} if placed else {}),
     }
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

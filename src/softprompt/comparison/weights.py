@@ -22,7 +22,8 @@ from ..placement import Row, in_rectangle
 from ..training.loop import Validation, batches, planned_steps
 from ..training.run import encode_rows
 from ..training.schedule import learning_rate_factor
-from .prompting import at_the_front, with_template
+from .places import at_the_front
+from .prompting import with_template
 from .protocol import Job, Trained, as_validation
 
 Loss = Callable[[Sequence[Row]], torch.Tensor]  # summed cross-entropy of the answers of some rows, with its graph
