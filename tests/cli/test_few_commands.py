@@ -99,6 +99,12 @@ def test_an_ensemble_from_start_to_votes(tune: Cli, cli: Cli) -> None:
     assert same["accuracy"] == found["accuracy"] and same["best"] in members
     alone = cli("evaluate", members[0], "reviews.jsonl", "--json").json
     assert alone["accuracy"] == found["members"][0]["accuracy"] and "members" not in alone
+
+    def positive(prompt: str) -> float:
+        return cli("run", prompt, "good film", "--json").json["rows"][0]["probabilities"]["positive"]
+
+    mean = (positive(members[0]) + positive(members[1])) / 2
+    assert positive("prompts/reviews") == pytest.approx(mean, abs=1e-6) and positive(members[0]) != positive(members[1])
     assert [each["name"] for each in cli("list", "prompts", "--json").json["prompts"]] == ["reviews"]
     shown = cli("evaluate", "prompts/reviews", "reviews.jsonl", "--mistakes", 2)
     assert "majority vote" in shown.out and "predicted" in shown.out

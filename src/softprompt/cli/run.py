@@ -82,11 +82,13 @@ def run(
 ) -> None:
     """Classify a text, or generate one, with a prompt.
 
-    Classes come with probabilities; generated text is written as it comes.
+    Classes come with probabilities; generated text is written as it comes. A prompt made by tune --ensemble classifies
+    by the mean of its members' probabilities.
     """
     from ..config import as_typed
     from ..evaluation.generation import Sampling
     from ..prompt import SoftPrompt
+    from ..training.ensemble import load_members
 
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(as_typed(each) for each in stop or ()), seed)
     loaded = SoftPrompt.load(prompt)
@@ -97,7 +99,10 @@ def run(
     backbone = load_backbone(out, model, loaded, precision, device, threads)
     backbone.check(loaded, force=force)
     if template.labels is not None:
-        found = _classify(out, backbone, loaded, template, rows, calibrate, single=file is None)
+        members = list(load_members(prompt).values())
+        if members:
+            out.note(f"{len(members)} prompts vote")
+        found = _classify(out, backbone, members or loaded, template, rows, calibrate, single=file is None)
     else:
         found = _generate(out, backbone, loaded, template, rows, sampling, single=file is None)
     out.document({"prompt": prompt, "model": backbone.name, "rows": found})
@@ -185,7 +190,7 @@ def _chunks(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _classify(
     out: Output,
     backbone: Backbone,
-    prompt: SoftPrompt,
+    prompt: SoftPrompt | list[SoftPrompt],
     template: Template,
     rows: list[dict[str, Any]],
     calibrate: bool,
