@@ -28,6 +28,7 @@ from softprompt.attention import StateCache
 from softprompt.comparison.cell import load_task
 from softprompt.comparison.config import ComparisonConfig
 from softprompt.comparison.places import behind
+from softprompt.comparison.prompting import trained_numbers
 from softprompt.errors import SoftPromptError
 from softprompt.evaluation.runner import evaluate_prompt
 from softprompt.plain_yaml import read_yaml
@@ -38,11 +39,11 @@ BASE = {"kind": "deep", "place": "behind"}
 # What is changed, one at a time; the base's own value is left out. Cheap and telling ones first.
 AXES: dict[str, list[dict[str, Any]]] = {
     "learning_rate": [{"learning_rate": rate} for rate in (0.01, 0.02, 0.1, 0.15, 0.3)],
-    "epochs": [{"epochs": count} for count in (2, 3, 12)],
+    "epochs": [{"epochs": count} for count in (2, 6, 12)],
     "tokens": [{"tokens": count} for count in (5, 10, 50)],
     "init": [{"init": name} for name in ("examples", "random", "vocabulary", "labels")],
-    "batch_size": [{"batch_size": 8, "epochs": 3}, {"batch_size": 32, "epochs": 12}],  # equal numbers of steps
-    "schedule": [{"schedule": "cosine"}, {"schedule": "constant"}, {"warmup": 0.0}, {"warmup": 0.2}],
+    "batch_size": [{"batch_size": 8, "epochs": 2}, {"batch_size": 32, "epochs": 8}],  # equal numbers of steps
+    "schedule": [{"schedule": "cosine"}, {"schedule": "constant"}, {"warmup": 0.05}, {"warmup": 0.15}],
     "optimizer": [{"clip": 0.0}, {"weight_decay": 0.1}, {"optimizer": "adafactor"}],
     "seed": [{"seed": 1}, {"seed": 2}],
     "place": [
@@ -133,7 +134,7 @@ def run(backbone: sp.Backbone, task: sp.Task, settings: dict[str, Any], texts: S
         "high": high,
         "loss": report.loss,
         "validation": tuned.validation.accuracy if tuned.validation else None,
-        "trained_parameters": tuned.prompt.vectors.numel(),
+        "trained_parameters": trained_numbers(tuned.prompt, sp.TuneConfig().sink),
         "cpu_seconds": round(seconds, 1),
     }
 

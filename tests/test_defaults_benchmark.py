@@ -66,7 +66,8 @@ def test_trials_change_one_setting_of_the_base_and_are_not_run_twice(
     ]  # fmt: skip
     base, random, too_long, front = found["trials"]
     assert "900 soft tokens" in too_long["error"]
-    assert base["trained_parameters"] == random["trained_parameters"] == front["trained_parameters"]
+    assert base["trained_parameters"] == random["trained_parameters"]
+    assert front["trained_parameters"] == base["trained_parameters"] * 19 // 20  # the sink stays where it is
     assert base["loss"] != random["loss"] != front["loss"]
     assert all(0 <= trial["low"] <= trial["score"] <= trial["high"] <= 1 for trial in (base, random, front))
 
