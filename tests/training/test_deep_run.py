@@ -46,6 +46,21 @@ def test_keys_and_values_are_learned_in_their_own_units_by_layer():
     torch.testing.assert_close(moved[:, :, :, 1:], expected[:, :, None, None, None].expand(3, 2, 2, 3, 8))
 
 
+def test_the_norm_guard_holds_each_token_near_its_start(backbone):
+    """In each layer and head, its keys and its values; a token that moves less is left alone."""
+
+    def moved(**settings) -> torch.Tensor:
+        result = sp.tune(backbone, make_task(input=BEHIND), **{**DEEP, "steps": 6, "warmup": 0.0, **settings})
+        scale = make_parameters(result.initial, "none", 1.0, 0).scale
+        return ((result.prompt.vectors - result.initial) / scale).square().mean(dim=-1).sqrt()  # [L, 2, K, P]
+
+    free, held = (moved(learning_rate=2.0, norm_guard=limit) for limit in (0.0, 0.25))
+    assert free.min() > 0.25
+    torch.testing.assert_close(held, torch.full_like(held, 0.25))
+    assert 0 < moved(learning_rate=0.001).max() < 0.01
+    torch.testing.assert_close(moved(learning_rate=0.001), moved(learning_rate=0.001, norm_guard=0.0))
+
+
 def test_a_deep_prompt_starts_more_slowly(backbone):
     def rates(**settings):
         result = sp.tune(backbone, make_task(input=BEHIND), **{**DEEP, "steps": 20, **settings})

@@ -37,6 +37,9 @@ class TuneConfig(BaseModel):
     )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     clip: float = Field(1.0, ge=0, description="largest gradient norm of the whole prompt; 0 does not clip")
+    norm_guard: float = Field(
+        0.25, ge=0, description="how far a deep prompt may move from its start, in units of learning_rate; 0: anywhere"
+    )
     epochs: float | None = Field(
         None,
         gt=0,

@@ -192,6 +192,7 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimizer.step()
+        self.parameters.guard(self.config.norm_guard)
         self.step += 1
         seconds = time.perf_counter() - begun
         self.seconds += seconds

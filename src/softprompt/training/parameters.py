@@ -18,6 +18,9 @@ class PromptParameters(nn.Module):
     def vectors(self) -> torch.Tensor:
         return self.embedding
 
+    def guard(self, limit: float) -> None:
+        """Embedding prompts move freely."""
+
 
 class ResidualPromptParameters(PromptParameters):
     """vectors = e + LayerNorm(up(relu(down(e)))), as in Razdaibiedina et al. 2023 (arXiv:2305.03937), equation 3.
@@ -70,6 +73,17 @@ class DeepPromptParameters(nn.Module):
 
     def vectors(self) -> torch.Tensor:
         return self.initial + self.scale * self.delta
+
+    def guard(self, limit: float) -> None:
+        """Bring each token's keys, and values, of a head back to at most `limit` (RMS) from their start; 0: nothing.
+
+        A step that is too large then ends at the edge of a ball in which the model still works, and the run recovers
+        as the learning rate decays; without it such a prompt silences its text and has no gradient left to return by.
+        """
+        if limit:
+            with torch.no_grad():
+                moved = self.delta.square().mean(dim=-1, keepdim=True).sqrt()  # [L, 2, K, P, 1]
+                self.delta.mul_((limit / moved).clamp(max=1))
 
 
 Parameters = PromptParameters | DeepPromptParameters
