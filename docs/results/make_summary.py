@@ -2,7 +2,8 @@
 
 `python docs/results/make_summary.py FOLDER...` reads FOLDER/cells/*.json of each; a cell that stands in several is
 taken from the last. Without a folder it reads those in `cells/` beside it, which `--keep` copies there first. Cells
-hold no text of the data. docs/accuracy.md gets its tables between its markers.
+hold no text of the data. docs/accuracy.md gets its tables between its markers, also that of `defaults/*.json`, the
+documents of benchmarks/defaults.py.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from softprompt.comparison.catalogue import METHODS, SOFT
 from softprompt.comparison.figures import all_figures, as_file
 from softprompt.comparison.store import DONE, Store
 from softprompt.comparison.summary import as_share, averages, document, summarise, to_csv
+from softprompt.training.config import TuneConfig
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parents[1] / "benchmarks"))
-from speed.tables import put  # noqa: E402
+from speed.tables import put, read_json  # noqa: E402
 
 PAGE = HERE.parent / "accuracy.md"
 TUNED = ("lora", "full")
@@ -123,6 +125,32 @@ def _points(differences: Sequence[float]) -> str:
     return f"{100 * sum(differences) / len(differences):+.1f}" if differences else "?"
 
 
+def defaults_table(found: Sequence[Line]) -> list[str]:
+    """Scores of the documents of benchmarks/defaults.py, a table an axis: a row a task and model, a column a value."""
+    made: list[str] = []
+    for axis in dict.fromkeys(t["axis"] for run in found for t in run["trials"] if t["axis"] != "base"):
+        changes = [t["change"] for run in found for t in run["trials"] if t["axis"] == axis]
+        columns = {"default": {}, **{_told(change): change for change in changes}}
+        shipped = getattr(TuneConfig(), axis, None)
+        if isinstance(shipped, float):
+            columns = dict(sorted(columns.items(), key=lambda pair: pair[1].get(axis, shipped)))
+        made += ["", f"| task, model, training rows | {' | '.join(columns)} | best less worst |"]
+        made += ["|---" * (len(columns) + 2) + "|"]
+        for run in found:
+            by_change = {json.dumps(t["change"]): t for t in run["trials"]}
+            given = [by_change.get(json.dumps(change), {}) for change in columns.values()]
+            scores = [trial["score"] for trial in given if "score" in trial]
+            shown = [f"{100 * t['score']:.1f}" if "score" in t else t.get("error", "")[:40] for t in given]
+            spread = f"{100 * (max(scores) - min(scores)):.1f}" if scores else ""
+            where = f"{run['task']}, {run['model']}, {run['rows']}"
+            made.append(f"| {where} | {' | '.join(shown)} | {spread} |")
+    return made[1:]
+
+
+def _told(change: Line) -> str:
+    return ", ".join(f"{key} {value}" for key, value in change.items())
+
+
 def main(arguments: list[str], out: Path = HERE, page: Path | None = PAGE) -> int:
     keep = "--keep" in arguments
     folders = [Path(argument) for argument in arguments if argument != "--keep"]
@@ -143,6 +171,7 @@ def main(arguments: list[str], out: Path = HERE, page: Path | None = PAGE) -> in
         (out / f"{name}.svg").write_bytes(as_file(figure))
     if page is not None:
         made = {"scores": score_table(lines), "targets": target_table(lines), "costs": cost_table(lines)}
+        made["defaults"] = defaults_table([read_json(path) for path in sorted((out / "defaults").glob("*.json"))])
         text = page.read_text(encoding="utf-8")
         for name, table in made.items():
             text = put(text, table, name, str(page))

@@ -121,7 +121,9 @@ def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: py
         for cell in cells:
             write_cell(tmp_path / folder / "cells" / f"{cell['method']}{cell['seed']}.json", cell)
     page = tmp_path / "accuracy.md"
-    page.write_text("".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("scores", "targets", "costs")))
+    page.write_text(
+        "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("scores", "targets", "costs", "defaults"))
+    )
     nights = [str(tmp_path / "night1"), str(tmp_path / "night2")]
     assert make_summary.main(nights, tmp_path, page) == 0
     lines = {line["method"]: line for line in json.loads((tmp_path / "summary.json").read_text())["cells"]}
@@ -134,6 +136,22 @@ def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: py
     kept = tmp_path / "kept"
     assert make_summary.main(["--keep", *nights], kept, page) == 0 and page.read_text() == text
     assert make_summary.main([], kept, page) == 0 and page.read_text() == text
+    trials = [{"axis": "base", "change": {}, "score": 0.9}]
+    trials += [
+        {"axis": "learning_rate", "change": {"learning_rate": r}, "score": s} for r, s in [(0.3, 0.8), (0.01, 0.85)]
+    ]
+    trials += [{"axis": "tokens", "change": {"tokens": 900}, "error": "too long"}]
+    (kept / "defaults").mkdir()
+    facts = {"task": "trec", "model": "tiny", "rows": 2000, "trials": trials}
+    (kept / "defaults" / "tiny.trec.json").write_text(json.dumps(facts))
+    assert make_summary.main([], kept, page) == 0
+    table = page.read_text().partition("<!-- defaults -->\n")[2]
+    assert table.startswith(
+        "| task, model, training rows | learning_rate 0.01 | default | learning_rate 0.3 | best less worst |\n"
+        "|---|---|---|---|---|\n"
+        "| trec, tiny, 2000 | 85.0 | 90.0 | 80.0 | 10.0 |\n\n"
+    )
+    assert "| trec, tiny, 2000 | 90.0 | too long | 0.0 |\n<!--" in table
 
 
 def test_nothing_finished_still_gives_files(tmp_path: Path) -> None:
