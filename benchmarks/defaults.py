@@ -125,6 +125,8 @@ def run(backbone: sp.Backbone, task: sp.Task, settings: dict[str, Any], texts: S
         tuned = sp.tune(backbone, task, **settings)
     except SoftPromptError as error:
         return {"error": str(error), "cpu_seconds": time.process_time() - begun}
+    if tuned.reason == "interrupted":
+        raise SystemExit("interrupted; finished trials are kept, the same command goes on")
     seconds = time.process_time() - begun
     report = evaluate_prompt(backbone, task.test, tuned.prompt.vectors, texts=texts)
     low, high = report.interval
