@@ -78,6 +78,8 @@ def test_options_and_settings_that_are_named_exist(name: str) -> None:
         "--install-completion",
         *("--quick", "--only"),  # of the benchmarks, docs/performance.md
         "--keep",  # of docs/results/make_summary.py, docs/accuracy.md
+        "--axes",  # of benchmarks/defaults.py, docs/accuracy.md
+        "--rows",
         *("--enable-prompt-embeds", "--model-id", "--model-path", "--outfile"),  # of other engines, docs/export.md
     }
     code = code_in(read(name))
