@@ -42,7 +42,7 @@ AXES: dict[str, list[dict[str, Any]]] = {
     "epochs": [{"epochs": count} for count in (2, 6, 12)],
     "tokens": [{"tokens": count} for count in (5, 10, 50)],
     "init": [{"init": name} for name in ("examples", "random", "vocabulary", "labels")],
-    "batch_size": [{"batch_size": 8, "epochs": 2}, {"batch_size": 32, "epochs": 8}],  # equal numbers of steps
+    "batch_size": [{"batch_size": 8, "epochs": 2}, {"batch_size": 32, "epochs": 8}],  # 300 rows: equal numbers of steps
     "schedule": [{"schedule": "cosine"}, {"schedule": "constant"}, {"warmup": 0.05}, {"warmup": 0.15}],
     "optimizer": [{"clip": 0.0}, {"weight_decay": 0.1}, {"optimizer": "adafactor"}],
     "seed": [{"seed": 1}, {"seed": 2}],

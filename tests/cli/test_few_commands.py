@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def test_an_ensemble_from_start_to_votes(tune: Cli, cli: Cli) -> None:
 
     mean = (positive(members[0]) + positive(members[1])) / 2
     assert positive("prompts/reviews") == pytest.approx(mean, abs=1e-6) and positive(members[0]) != positive(members[1])
+    alone, best = Path("alone"), members[int(prompt.provenance["ensemble"]["best"]) - 1]
+    shutil.copytree("prompts/reviews", alone, ignore=shutil.ignore_patterns("members"))  # as `pull` leaves it
+    assert positive(str(alone)) == positive(best)
     assert [each["name"] for each in cli("list", "prompts", "--json").json["prompts"]] == ["reviews"]
     shown = cli("evaluate", "prompts/reviews", "reviews.jsonl", "--mistakes", 2)
     assert "majority vote" in shown.out and "predicted" in shown.out

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data import Split
 from ..encoding import Encoder
 from ..evaluation.runner import pick_shots
 from ..fileformat import load_prompt
@@ -160,7 +158,3 @@ def _best(history: list[dict[str, Any]], step: int) -> Validation | None:
         if event["event"] == "validation" and event["step"] == step:
             return Validation(event["score"], event["loss"], event["metric"])
     return None
-
-
-def with_template(split: Split, template: Template) -> Split:
-    return replace(split, template=template)

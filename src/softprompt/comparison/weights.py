@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +24,6 @@ from ..training.loop import Validation, batches, planned_steps
 from ..training.run import encode_rows
 from ..training.schedule import learning_rate_factor
 from .places import at_the_front
-from .prompting import with_template
 from .protocol import Job, Trained, as_validation
 
 Loss = Callable[[Sequence[Row]], torch.Tensor]  # summed cross-entropy of the answers of some rows, with its graph
@@ -108,7 +108,7 @@ def validator(
     job: Job, backbone: Backbone, vectors: Callable[[], torch.Tensor] | None = None
 ) -> Callable[[], Validation]:
     """Scores the validation rows with the weights, or the soft prompt, as they are at the moment."""
-    split = job.validation if vectors is None else with_template(job.validation, at_the_front(job.task.template))
+    split = job.validation if vectors is None else replace(job.validation, template=at_the_front(job.task.template))
 
     def validate() -> Validation:
         backbone.states = StateCache()  # what was kept came from other weights
