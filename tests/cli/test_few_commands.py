@@ -109,6 +109,7 @@ def test_an_ensemble_from_start_to_votes(tune: Cli, cli: Cli) -> None:
     alone, best = Path("alone"), members[int(prompt.provenance["ensemble"]["best"]) - 1]
     shutil.copytree("prompts/reviews", alone, ignore=shutil.ignore_patterns("members"))  # as `pull` leaves it
     assert positive(str(alone)) == positive(best)
+    assert "majority vote" not in cli("evaluate", alone, "reviews.jsonl").out
     assert [each["name"] for each in cli("list", "prompts", "--json").json["prompts"]] == ["reviews"]
     shown = cli("evaluate", "prompts/reviews", "reviews.jsonl", "--mistakes", 2)
     assert "majority vote" in shown.out and "predicted" in shown.out

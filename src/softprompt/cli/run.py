@@ -88,6 +88,7 @@ def run(
     from ..config import as_typed
     from ..evaluation.generation import Sampling
     from ..prompt import SoftPrompt
+    from ..training.ensemble import load_members
 
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(as_typed(each) for each in stop or ()), seed)
     loaded = SoftPrompt.load(prompt)
@@ -95,7 +96,7 @@ def run(
     if template is None:
         raise TemplateError("this prompt came without a template; give --input and --target (and --labels for classes)")
     rows = _rows(template, text or [], file, format)
-    members = [] if template.labels is None else _members(prompt)
+    members = [] if template.labels is None else list(load_members(prompt).values())
     backbone = load_backbone(out, model, loaded, precision, device, threads)
     backbone.check(loaded, force=force)
     if template.labels is not None:
@@ -105,17 +106,6 @@ def run(
     else:
         found = _generate(out, backbone, loaded, template, rows, sampling, single=file is None)
     out.document({"prompt": prompt, "model": backbone.name, "rows": found})
-
-
-def _members(prompt: str) -> list[SoftPrompt]:
-    """The prompts of an ensemble; [] for a single prompt, as is a copy without its members (pulled, pruned)."""
-    from ..library.listing import MEMBERS
-
-    if not (Path(prompt) / MEMBERS).is_dir():
-        return []
-    from ..training.ensemble import load_members
-
-    return list(load_members(prompt).values())
 
 
 # --- what to read ----------------------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def _search(method: Method, job: Job, rates: list[float], work: Path) -> tuple[l
         folder = work / "trial"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        begun = time.process_time()
         try:
             trained = method.fit(job, rate, folder)
         except TrainingError as error:  # diverged: a learning rate like another, only a bad one
@@ -144,7 +145,8 @@ def _search(method: Method, job: Job, rates: list[float], work: Path) -> tuple[l
         finally:
             _note(notes, trials, best)
         found = trained.validation or Validation(0.0, 0.0, "none")
-        trials.append({"learning_rate": rate, "score": found.score, "loss": found.loss, "seconds": trained.seconds})
+        took = {"seconds": trained.seconds, "processor_seconds": time.process_time() - begun}
+        trials.append({"learning_rate": rate, "score": found.score, "loss": found.loss, **took})
         if best is None or found.beats(top, best["validation"]["loss"]):
             shutil.rmtree(work / "best", ignore_errors=True)
             folder.rename(work / "best")
@@ -164,11 +166,13 @@ def _note(path: Path, trials: list[dict[str, Any]], best: dict[str, Any] | None)
 
 def _training(trained: Trained, trials: list[dict[str, Any]], meter: Meter) -> dict[str, Any]:
     searched = [trial["seconds"] for trial in trials if trial["seconds"] is not None]
+    processor = [trial["processor_seconds"] for trial in trials if trial.get("processor_seconds") is not None]
     return {
         "trained_parameters": trained.parameters,
         "steps": trained.steps,
         "train_seconds": trained.seconds,
         "search_seconds": sum(searched),
+        "processor_seconds": sum(processor) / len(processor) if processor else None,
         "examples_per_second": trained.examples / trained.seconds if trained.seconds else None,
         "validation": {"score": trained.validation.score, "loss": trained.validation.loss}
         if trained.validation

@@ -15,13 +15,14 @@ Cell = dict[str, Any]
 # What is averaged over the seeds of a line.
 COSTS = (
     *("train_seconds", "search_seconds", "examples_per_second", "switch_seconds", "inference_seconds"),
-    *("added_inference_seconds", "energy_joules"),
+    *("added_inference_seconds", "energy_joules", "processor_seconds"),
 )
 LARGEST = ("trained_parameters", "disk_bytes", "peak_memory_bytes", "memory_before_bytes")
 CSV_COLUMNS = (
     *("task", "model", "method", "status", "metric", "score", "low", "high", "seeds", "seed_sd", "best", "test", "p"),
     *("difference", "difference_low", "difference_high", "trained_parameters", "disk_bytes", "peak_memory_bytes"),
-    *("memory_before_bytes", "train_seconds", "search_seconds", "examples_per_second", "switch_seconds"),
+    *("memory_before_bytes", "train_seconds", "search_seconds", "processor_seconds", "examples_per_second"),
+    "switch_seconds",
     *("inference_seconds", "added_inference_seconds", "energy_joules", "train_rows", "test_rows", "steps"),
     *("model_parameters", "learning_rate", "reason"),
 )

@@ -180,13 +180,14 @@ def save_ensemble(prompts: Sequence[SoftPrompt], best: int, folder: str | Path, 
 
 
 def load_members(folder: str | Path) -> dict[str, SoftPrompt]:
-    """The members of an ensemble by name; {} if the prompt in `folder` is none.
+    """The members of an ensemble by name; {} if the prompt in `folder` is none, or is only its best member, as the
+    copies are that `pull` and `prune` make.
 
-    Raises PromptFormatError: no prompt, or one whose members are missing or broken.
+    Raises PromptFormatError: no prompt, or one of whose members some are missing or broken.
     """
     made = SoftPrompt.load(folder).provenance.get(KEY)
     names = made.get("members") if isinstance(made, dict) else None
-    if not names:
+    if not names or not (Path(folder) / FOLDER).is_dir():
         return {}
     if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(r"\d+", name) for name in names):
         raise PromptFormatError(f"{folder} names its members as no ensemble does ({names!r:.60}); tune it anew")
