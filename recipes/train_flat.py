@@ -73,9 +73,9 @@ def train(
 
     losses: list[float] = []
     best, top_score, best_loss = vectors.detach().clone(), -math.inf, math.inf
+    mean, averaged = best, 0
     rising = math.ceil(warmup * steps)
-    order: list[int] = []  # examples still to come
-    epoch = 0
+    order, epoch = list[int](), 0  # order: examples still to come
     for step in range(steps):
         # A batch: the next examples of one random order after another.
         while len(order) < batch_size:
@@ -91,7 +91,6 @@ def train(
         vectors.grad = found.gradient.to("cpu", torch.float32) / found.tokens  # [P, H]
         if not (math.isfinite(losses[-1]) and bool(torch.isfinite(vectors.grad).all())):
             raise SystemExit(f"the loss became {losses[-1]} at step {step + 1}; try a smaller learning rate")
-
         norm = float(vectors.grad.norm()) * unit
         if norm > clip:
             vectors.grad.mul_(clip / norm)
@@ -101,18 +100,21 @@ def train(
         optimizer.param_groups[0]["lr"] = learning_rate * unit * factor
         optimizer.step()
 
-        # Four times in a run, the vectors of the moment are judged on rows that are not trained on.
+        # Where a step ends is by chance: what counts is the mean over the last quarter of the steps.
+        averaged += 4 * (step + 1) > 3 * steps
+        mean = mean.lerp(vectors.detach(), 1 / max(1, averaged))
+
+        # Four times in a run, that is judged on rows that are not trained on.
         if (step + 1) % math.ceil(steps / 4) == 0 or step + 1 == steps:
-            now = vectors.detach().clone()
             if not len(validation):
-                best, score = now, 0.0
+                best = mean
                 continue
-            report = evaluate_prompt(backbone, validation, now, text_scores=False)
+            report = evaluate_prompt(backbone, validation, mean, text_scores=False)
             score = report.accuracy if report.scores else -report.loss
             error = (score * (1 - score) / len(validation)) ** 0.5 if report.scores else 0.0
             # A clearly higher score wins; among scores within one standard error, which are noise, the lower loss.
             if score > top_score + error or (score >= top_score - error and report.loss < best_loss):
-                best, best_loss = now, report.loss
+                best, best_loss = mean, report.loss
             top_score = max(top_score, score)
             say(f"step {step + 1}/{steps}  loss {losses[-1]:.4f}  validation {score:.4f}")
     return best, losses
@@ -131,7 +133,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder for the prompt")
     args = parser.parse_args()
-
     backbone = Backbone.load(args.model, report=print)
     texts = {name: text.replace("\\n", "\n") for name, text in (("input", args.input), ("target", args.target))}
     task = Task.load(args.train, **texts, labels=args.labels, seed=args.seed)
@@ -140,8 +141,7 @@ def main() -> None:
     prompt = SoftPrompt(vectors, task.template, backbone.name, backbone.fingerprint, backbone.tokenizer_hash)
     prompt.provenance["architecture"] = backbone.architecture
     if len(task.test):
-        report = evaluate_prompt(backbone, task.test, vectors)
-        print(f"test: {report.to_dict(brief=True)}")
+        print(f"test: {evaluate_prompt(backbone, task.test, vectors).to_dict(brief=True)}")
     print(f"wrote {prompt.save(args.out)}")
 
 

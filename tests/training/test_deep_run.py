@@ -50,7 +50,8 @@ def test_the_norm_guard_holds_each_token_near_its_start(backbone):
     """In each layer and head, its keys and its values; a token that moves less is left alone."""
 
     def moved(**settings) -> torch.Tensor:
-        result = sp.tune(backbone, make_task(input=BEHIND), **{**DEEP, "steps": 6, "warmup": 0.0, **settings})
+        given = {**DEEP, "steps": 6, "warmup": 0.0, "average": 0.0, **settings}
+        result = sp.tune(backbone, make_task(input=BEHIND), **given)
         scale = make_parameters(result.initial, "none", 1.0, 0).scale
         return ((result.prompt.vectors - result.initial) / scale).square().mean(dim=-1).sqrt()  # [L, 2, K, P]
 

@@ -72,7 +72,7 @@ def test_same_seed_same_bytes(backbone, undisturbed, tmp_path):
     assert not torch.equal(other.prompt.vectors, again.prompt.vectors)
 
 
-@pytest.mark.parametrize("more", [{}, {"optimizer": "adafactor"}, {"reparametrisation": "residual"}])
+@pytest.mark.parametrize("more", [{}, {"optimizer": "adafactor"}, {"reparametrisation": "residual"}, {"average": 0.9}])
 @pytest.mark.parametrize("input", ["Review : {text} \n Sentiment :", "Review : {text} {soft} \n Sentiment :"])
 def test_interrupted_and_resumed_equals_undisturbed(tmp_path, more, input):
     backbone = make_backbone("llama", torch.float32, make_tokenizer())
@@ -121,6 +121,20 @@ def test_killed_in_the_middle_and_resumed_equals_undisturbed(backbone, undisturb
     assert load_checkpoint(folder / CHECKPOINT).facts["step"] == 4
     resumed = sp.tune(backbone, make_task(), run_folder=folder, resume=True, **SETTINGS)
     assert resumed.prompt.vectors.numpy().tobytes() == undisturbed.prompt.vectors.numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", ["embedding", "deep"])
+def test_the_prompt_is_the_mean_over_the_last_steps(backbone, kind):
+    """Of 4 steps, half are the last two: their vectors are what runs of 3 and of 4 steps end with."""
+    task = sp.Task.from_rows(make_reviews(40), [], [], make_task().template)
+
+    def vectors(steps: int, average: float) -> torch.Tensor:
+        settings = dict(tokens=4, batch_size=6, learning_rate=0.5, warmup=0.0, schedule="constant", folds=0, kind=kind)
+        return sp.tune(backbone, task, steps=steps, average=average, **settings).prompt.vectors
+
+    torch.testing.assert_close(vectors(4, 0.5), (vectors(3, 0.0) + vectors(4, 0.0)) / 2)
+    assert not torch.allclose(vectors(3, 0.0), vectors(4, 0.0))
+    torch.testing.assert_close(vectors(4, 0.0), vectors(4, 0.2))
 
 
 def test_not_a_number_stops_with_the_last_checkpoint_kept(backbone, tmp_path, monkeypatch):

@@ -28,6 +28,9 @@ from .protocol import Job, Trained, as_validation
 
 Loss = Callable[[Sequence[Row]], torch.Tensor]  # summed cross-entropy of the answers of some rows, with its graph
 CLIP, WARMUP = 1.0, 0.05
+# Tokens of a micro-batch, whose rows are of like length: on a CPU little padding counts more than large products (16
+# rows of SST-2 by LoRA on one thread: 2.2 examples/s in one rectangle, 3.4 in groups of 128 tokens).
+ROOM, ROOM_PER_CPU_THREAD = 4096, 128
 VALIDATIONS = 4
 
 
@@ -41,7 +44,6 @@ def train(
     weight_decay: float,
     warmup: float = WARMUP,
     clip: float = CLIP,
-    micro_batch_tokens: int = 4096,
 ) -> Trained:
     """Train `parameters`; they end as they were at the best validation. Raises TrainingError (a loss not finite)."""
     config = job.tune_config()
@@ -51,13 +53,12 @@ def train(
     best: Validation | None = None
     kept: list[torch.Tensor] = []
     top, seconds, examples = -math.inf, 0.0, 0
+    room = ROOM_PER_CPU_THREAD * torch.get_num_threads() if job.backbone.device.type == "cpu" else ROOM
     for step, indices in enumerate(batches(len(rows), config.batch_size, steps, job.seed), 1):
         begun = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * learning_rate_factor(step - 1, steps, warmup, "linear")
-        loss = _step(
-            optimizer, parameters, micro_batches([rows[i] for i in indices], 0, micro_batch_tokens), loss_of, clip
-        )
+        loss = _step(optimizer, parameters, micro_batches([rows[i] for i in indices], 0, room), loss_of, clip)
         seconds, examples = seconds + time.perf_counter() - begun, examples + len(indices)
         job.tell(f"step {step}/{steps}, loss {loss:.3f}, {examples / seconds:.1f} examples/s")
         if step == steps or (len(job.task.validation) and step % max(1, math.ceil(steps / VALIDATIONS)) == 0):

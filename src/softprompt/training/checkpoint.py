@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ..errors import OutputError, TrainingError
 
-FORMAT = 2  # 2: what a deep prompt has learned stands in other units
+FORMAT = 3  # 3: with the mean of the vectors over the last steps
 
 
 @dataclass

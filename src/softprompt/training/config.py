@@ -40,6 +40,12 @@ class TuneConfig(BaseModel):
     norm_guard: float = Field(
         0.25, ge=0, description="how far a deep prompt may move from its start, in units of learning_rate; 0: anywhere"
     )
+    average: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="share of the steps, the last ones, whose vectors are averaged into the prompt; 0: the last step's",
+    )
     epochs: float | None = Field(
         None,
         gt=0,

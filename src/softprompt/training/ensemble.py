@@ -187,8 +187,9 @@ def load_members(folder: str | Path) -> dict[str, SoftPrompt]:
     """
     made = SoftPrompt.load(folder).provenance.get(KEY)
     names = made.get("members") if isinstance(made, dict) else None
-    if not names or not (Path(folder) / FOLDER).is_dir():
+    if not names:
         return {}
     if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(r"\d+", name) for name in names):
         raise PromptFormatError(f"{folder} names its members as no ensemble does ({names!r:.60}); tune it anew")
-    return {name: SoftPrompt.load(Path(folder) / FOLDER / name) for name in names}
+    inside = Path(folder) / FOLDER
+    return {name: SoftPrompt.load(inside / name) for name in names} if inside.is_dir() else {}

@@ -141,6 +141,8 @@ class Trainer:
         self.without_gain = 0
         self.texts_done = 0
         self.seconds = 0.0
+        self.mean: torch.Tensor | None = None  # of the vectors after the last `averaged` steps
+        self.averaged = 0
 
     def run(self) -> str:
         """Train to the end; returns why it ended: "finished", "no better score", or "interrupted"."""
@@ -197,6 +199,7 @@ class Trainer:
         seconds = time.perf_counter() - begun
         self.seconds += seconds
         current = self.parameters.vectors().detach()
+        self._average(current)
         self.monitor.add(
             "step",
             self.step,
@@ -209,6 +212,17 @@ class Trainer:
             seconds=round(self.seconds, 3),
         )
         self._look_after(current)
+
+    def _average(self, current: torch.Tensor) -> None:
+        """Keep the mean over the last `average` of the steps: where a step ends is by chance, their mean is steadier
+        (Polyak and Juditsky 1992)."""
+        if self.step > (1 - self.config.average) * self.steps:
+            self.averaged += 1
+            self.mean = current.clone() if self.mean is None else self.mean.lerp(current, 1 / self.averaged)
+
+    def prompt(self) -> torch.Tensor:
+        """The vectors to be scored and kept at this step: the mean so far, before its first step those of training."""
+        return (self.parameters.vectors().detach() if self.mean is None else self.mean).clone()
 
     def _gradient(self, batch: Sequence[Row], vectors: torch.Tensor) -> LossAndGradient:
         budget = self.config.micro_batch_tokens
@@ -244,9 +258,9 @@ class Trainer:
 
     def _validate(self) -> None:
         if self.validate is None:
-            self.best, self.best_step = self.parameters.vectors().detach().clone(), self.step
+            self.best, self.best_step = self.prompt(), self.step
             return
-        current = self.parameters.vectors().detach().clone()
+        current = self.prompt()
         found = self.validate(current)
         self.monitor.add("validation", self.step, loss=found.loss, score=found.score, metric=found.metric)
         text = majority_warning(found.predicted, 2)
@@ -266,6 +280,7 @@ class Trainer:
         """All that the rest of the run depends on."""
         tensors = {f"parameters.{name}": p.detach() for name, p in self.parameters.named_parameters()}
         tensors |= {"best": self.best, "initial": self.initial, **optimizer_tensors(self.optimizer)}
+        tensors |= {} if self.mean is None else {"mean": self.mean}
         facts = {
             "step": self.step,
             "steps": self.steps,
@@ -274,6 +289,7 @@ class Trainer:
             "top_score": self.top_score if math.isfinite(self.top_score) else None,
             "best_step": self.best_step,
             "without_gain": self.without_gain,
+            "averaged": self.averaged,
             "seconds": self.seconds,
         }
         return Checkpoint(tensors, facts)
@@ -291,6 +307,7 @@ class Trainer:
         self.best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
         self.top_score = -math.inf if facts["top_score"] is None else facts["top_score"]
         self.without_gain, self.seconds = facts["without_gain"], facts["seconds"]
+        self.mean, self.averaged = tensors.get("mean"), facts["averaged"]
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

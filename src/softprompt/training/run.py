@@ -366,7 +366,7 @@ def prompt_of(run: Run, reason: str) -> SoftPrompt:
         "ended": reason,
         "seconds": round(trainer.seconds, 1),
     }
-    vectors = trainer.best if trainer.best_step else trainer.parameters.vectors().detach()
+    vectors = trainer.best if trainer.best_step else trainer.prompt()
     return SoftPrompt(
         vectors.clone(), run.task.template, backbone.name, backbone.fingerprint, backbone.tokenizer_hash, provenance
     )

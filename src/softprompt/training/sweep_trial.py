@@ -108,7 +108,7 @@ class Trial:
                 return Validation(event["score"], event["loss"], event["metric"], error=event.get("error", 0.0))
         assert trainer.validate is not None
         try:
-            found = trainer.validate(trainer.parameters.vectors().detach().clone())
+            found = trainer.validate(trainer.prompt())
         except TrainingError as error:
             self.state, self.why = DIVERGED, str(error)
             return None
@@ -119,7 +119,7 @@ class Trial:
         """End it at a rung where it was judged to be `found`: this is its last validation, so it may be its best."""
         trainer = self.run.trainer
         if found.beats(trainer.top_score, trainer.best_loss):
-            trainer.best, trainer.best_step = trainer.parameters.vectors().detach().clone(), trainer.step
+            trainer.best, trainer.best_step = trainer.prompt(), trainer.step
             trainer.best_score, trainer.best_loss, trainer.best_validation = found.score, found.loss, None
         self.log("end", reason=DROPPED)
         self.state = DROPPED
