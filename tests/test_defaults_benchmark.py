@@ -1,4 +1,5 @@
-"""The search for defaults: a tiny model that is pretrained here, and trials that are not run twice."""
+"""The search for defaults and the benchmark of transfer: a tiny model that is pretrained here, and trials that are not
+run twice."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests" / "cli")]
 import defaults  # noqa: E402
 import tiny_model  # noqa: E402
+import transfer  # noqa: E402
 from cli_material import make_model  # noqa: E402
 
 import softprompt as sp  # noqa: E402
@@ -78,3 +80,27 @@ def test_trials_change_one_setting_of_the_base_and_are_not_run_twice(
         defaults.main([*told, "--rows", "10", "--test-rows", "12"])
     with pytest.raises(SystemExit, match="no task nothing"):
         defaults.main(["--data", str(data), "--out", str(out), "--tasks", "nothing"])
+
+
+def test_transfer_from_the_source_as_it_is_and_tuned_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, work = tmp_path / "found" / "sst2.json", tmp_path / "work"
+    told = ["--data", str(data), "--out", str(out), "--work", str(work), "--model", str(make_model(tmp_path))]
+    told += ["--source", "trec", "--target", "sst2", "--source-rows", "20", "--test-rows", "12", "--seeds", "1"]
+    assert transfer.main([*told, "--rows", "8"]) == 0
+    found = json.loads(out.read_text())["trials"]
+    assert [(t["rows"], t["start"]) for t in found] == [(0, "source"), (8, "text"), (8, "source")]
+    assert len({trial["loss"] for trial in found}) == 3
+
+    capsys.readouterr()
+    assert transfer.main([*told, "--rows", "8", "16"]) == 0  # the source prompt and the runs that are there stay
+    again = json.loads(out.read_text())["trials"]
+    assert again[:3] == found and [(t["rows"], t["start"]) for t in again[3:]] == [(16, "text"), (16, "source")]
+    assert "source prompt" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="another target"):
+        transfer.main([*told, "--target", "trec"])
+    with pytest.raises(SystemExit, match=r"sst2 has \d+ training rows, 1000 were asked for"):
+        transfer.main([*told, "--rows", "1000"])
+    with pytest.raises(SystemExit, match="no classification task e2e"):
+        transfer.main([*told[:2], "--out", str(tmp_path / "other.json"), "--target", "e2e"])

@@ -2,8 +2,8 @@
 
 `python docs/results/make_summary.py FOLDER...` reads FOLDER/cells/*.json of each; a cell that stands in several is
 taken from the last. Without a folder it reads those in `cells/` beside it, which `--keep` copies there first. Cells
-hold no text of the data. docs/accuracy.md gets its tables between its markers, also that of `defaults/*.json`, the
-documents of benchmarks/defaults.py.
+hold no text of the data. docs/accuracy.md gets its tables between its markers, also those of `defaults/*.json` and
+`transfer/*.json`, the documents of benchmarks/defaults.py and benchmarks/transfer.py.
 """
 
 from __future__ import annotations
@@ -147,6 +147,24 @@ def defaults_table(found: Sequence[Line]) -> list[str]:
     return made[1:]
 
 
+def transfer_table(found: Sequence[Line]) -> list[str]:
+    """Of the documents of benchmarks/transfer.py: a row a number of training rows, mean scores over the seeds."""
+    made: list[str] = []
+    for run in found:
+        made += ["", f"| {run['target']}, training rows | from its instruction | from {run['source']} | seeds |"]
+        made += ["|---|---|---|---|"]
+        for rows in dict.fromkeys(trial["rows"] for trial in run["trials"]):
+            by_start = {start: _scores(run, rows, start) for start in ("text", "source")}
+            shown = [f"{100 * sum(some) / len(some):.1f}" if some else "" for some in by_start.values()]
+            made.append(f"| {rows} | {' | '.join(shown)} | {max(map(len, by_start.values()))} |")
+    return made[1:]
+
+
+def _scores(run: Line, rows: int, start: str) -> list[float]:
+    some = [trial for trial in run["trials"] if trial["rows"] == rows and trial["start"] == start]
+    return [trial["score"] for trial in some if "score" in trial]
+
+
 def _told(change: Line) -> str:
     return ", ".join(f"{key} {value}" for key, value in change.items())
 
@@ -171,7 +189,8 @@ def main(arguments: list[str], out: Path = HERE, page: Path | None = PAGE) -> in
         (out / f"{name}.svg").write_bytes(as_file(figure))
     if page is not None:
         made = {"scores": score_table(lines), "targets": target_table(lines), "costs": cost_table(lines)}
-        made["defaults"] = defaults_table([read_json(path) for path in sorted((out / "defaults").glob("*.json"))])
+        for name, table in (("defaults", defaults_table), ("transfer", transfer_table)):
+            made[name] = table([read_json(path) for path in sorted((out / name).glob("*.json"))])
         text = page.read_text(encoding="utf-8")
         for name, table in made.items():
             text = put(text, table, name, str(page))

@@ -110,6 +110,9 @@ def test_files_that_are_written(tmp_path: Path) -> None:
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text and "src=" not in text
 
 
+TABLES = ("scores", "targets", "costs")
+
+
 def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sys.path.append(str(Path(__file__).parents[2] / "docs/results"))
     import make_summary
@@ -121,9 +124,7 @@ def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: py
         for cell in cells:
             write_cell(tmp_path / folder / "cells" / f"{cell['method']}{cell['seed']}.json", cell)
     page = tmp_path / "accuracy.md"
-    page.write_text(
-        "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("scores", "targets", "costs", "defaults"))
-    )
+    page.write_text("".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in (*TABLES, "defaults", "transfer")))
     nights = [str(tmp_path / "night1"), str(tmp_path / "night2")]
     assert make_summary.main(nights, tmp_path, page) == 0
     lines = {line["method"]: line for line in json.loads((tmp_path / "summary.json").read_text())["cells"]}
@@ -144,7 +145,12 @@ def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: py
     (kept / "defaults").mkdir()
     facts = {"task": "trec", "model": "tiny", "rows": 2000, "trials": trials}
     (kept / "defaults" / "tiny.trec.json").write_text(json.dumps(facts))
+    (kept / "transfer").mkdir()
+    tried = [(0, "source", 0, 0.8), (32, "text", 0, 0.5), (32, "source", 0, 0.8), (32, "text", 1, 0.7)]
+    found = [dict(zip(("rows", "start", "seed", "score"), each, strict=True)) for each in tried]
+    (kept / "transfer" / "cr.json").write_text(json.dumps({"source": "sst2", "target": "cr", "trials": found}))
     assert make_summary.main([], kept, page) == 0
+    assert "| 0 |  | 80.0 | 1 |\n| 32 | 60.0 | 80.0 | 2 |\n" in page.read_text()
     table = page.read_text().partition("<!-- defaults -->\n")[2]
     assert table.startswith(
         "| task, model, training rows | learning_rate 0.01 | default | learning_rate 0.3 | best less worst |\n"
