@@ -140,3 +140,15 @@ def test_starts_from_examples_and_from_other_prompts(backbone, tmp_path):
     assert torch.equal(longer.initial[:, :, :, 4:], deep.prompt.vectors[:, :, :, :2])
     with pytest.raises(ConfigError, match="only a deep prompt can start from it"):
         sp.tune(backbone, task, **{**SETTINGS, "init": f"prompt:{tmp_path / 'deep'}"})
+
+
+def test_from_a_deep_prompt_steps_are_as_long_as_from_a_text(backbone, tmp_path):
+    """Its own values may be many times larger, and Adam's first step is the learning rate in units of size."""
+    task, once = make_task(input=BEHIND), {**DEEP, "init": "text", "steps": 1, "warmup": 0.0, "learning_rate": 0.01}
+    from_text = sp.tune(backbone, task, **once)
+    large = sp.SoftPrompt.load(from_text.prompt.save(tmp_path / "small"))
+    large.vectors = large.vectors * 10
+    large.save(tmp_path / "large")
+    from_large = sp.tune(backbone, task, **{**once, "init": f"prompt:{tmp_path / 'large'}"})
+    moved = [(run.prompt.vectors - run.initial).abs().amax(dim=(2, 3, 4)) for run in (from_text, from_large)]  # [L, 2]
+    torch.testing.assert_close(moved[1], moved[0], rtol=0.02, atol=0)

@@ -98,7 +98,8 @@ class Trainer:
 
     validate: scores a prompt [P, H]. save: keeps a checkpoint (called every so often, and whenever the run stops).
     stop: asked after each step; True ends the run after keeping a checkpoint (Ctrl-C). texts: where the states of texts
-    that no soft token precedes are kept; where those of all rows do not fit, none are.
+    that no soft token precedes are kept; where those of all rows do not fit, none are. sizes: a deep prompt by whose
+    sizes `initial` is learned, if not by its own.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         world: World | None = None,
         texts: StateCache | None = None,
+        sizes: torch.Tensor | None = None,
     ):
         self.backbone, self.rows, self.config, self.monitor = backbone, rows, config, monitor
         self.validate, self.save, self.stop = validate, save, stop
@@ -125,7 +127,7 @@ class Trainer:
         self.initial = initial
         # Only at the front does a deep prompt hold the sequence's first token.
         sink = config.sink if deep and all(row.ids[0] < 0 for row in rows[:1]) else 0
-        self.parameters = make_parameters(initial, config.reparametrisation, self.unit, config.seed, sink)
+        self.parameters = make_parameters(initial, config.reparametrisation, self.unit, config.seed, sink, sizes)
         self.optimizer = make_optimizer(
             self.parameters, config.optimizer, config.learning_rate, config.weight_decay, self.unit
         )

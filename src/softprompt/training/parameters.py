@@ -55,15 +55,16 @@ class DeepPromptParameters(nn.Module):
     """A deep prompt [L, 2, K, P, D] as its start plus what is learned, in units of its size in each place.
 
     Keys are many times larger than values and both grow with depth, so one learning rate serves only numbers that
-    are all of one size: the unit is the RMS of the start over the tokens of a layer's keys, or values, times KEYS
-    or VALUES. The first `sink` tokens never move: much of every query's attention rests on the first token of a
-    sequence, whatever it is (Xiao et al. 2024, arXiv:2309.17453).
+    are all of one size: the unit is the RMS of `sizes`, a deep prompt of a text (by default the start itself), over
+    the tokens of a layer's keys, or values, times KEYS or VALUES. The first `sink` tokens never move: much of every
+    query's attention rests on the first token of a sequence, whatever it is (Xiao et al. 2024, arXiv:2309.17453).
     """
 
-    def __init__(self, initial: torch.Tensor, sink: int):
+    def __init__(self, initial: torch.Tensor, sink: int, sizes: torch.Tensor | None = None):
         super().__init__()
+        sizes = initial if sizes is None else sizes
         self.delta = nn.Parameter(torch.zeros_like(initial, dtype=torch.float32))
-        learned = initial[:, :, :, sink:] if initial.shape[3] > sink else initial
+        learned = sizes[:, :, :, sink:] if sizes.shape[3] > sink else sizes
         unit = learned.float().square().mean(dim=(2, 3, 4), keepdim=True).sqrt().clamp(min=1e-6)  # [L, 2, 1, 1, 1]
         unit = unit * torch.tensor([KEYS, VALUES]).view(1, 2, 1, 1, 1)
         free = torch.ones(initial.shape[3], 1)
@@ -89,10 +90,17 @@ class DeepPromptParameters(nn.Module):
 Parameters = PromptParameters | DeepPromptParameters
 
 
-def make_parameters(initial: torch.Tensor, reparametrisation: str, unit: float, seed: int, sink: int = 0) -> Parameters:
-    """`none`: the vectors. `residual`: through a network with a bottleneck of 128. sink: of a deep prompt."""
+def make_parameters(
+    initial: torch.Tensor,
+    reparametrisation: str,
+    unit: float,
+    seed: int,
+    sink: int = 0,
+    sizes: torch.Tensor | None = None,
+) -> Parameters:
+    """`none`: the vectors. `residual`: through a network with a bottleneck of 128. sink, sizes: of a deep prompt."""
     if initial.ndim == 5:
-        return DeepPromptParameters(initial, sink)
+        return DeepPromptParameters(initial, sink, sizes)
     if reparametrisation == "residual":
         return ResidualPromptParameters(initial, min(128, initial.shape[1]), unit, seed)
     return PromptParameters(initial)

@@ -166,6 +166,7 @@ def begin(
         monitor=monitor,
         save=(lambda found: save_checkpoint(found, folder / CHECKPOINT)) if folder else (lambda found: None),
         texts=texts,
+        sizes=_text_states(backbone, task, config),
     )
     if checkpoint:
         trainer.restore(checkpoint)
@@ -227,6 +228,15 @@ def _initial(
     if config.kind == "deep":
         vectors, said = deep_from_tokens(backbone, vectors), f"keys and values that the model gives {said}"
     return best_start(backbone, task, library, vectors, config.max_tokens) if library else (vectors, said)
+
+
+def _text_states(backbone: Backbone, task: Task, config: TuneConfig) -> torch.Tensor | None:
+    """For a deep prompt that starts from another: the states of the task's instruction. A tuned prompt's values are
+    larger than any text's, and steps in units of them would be too long; None where the start is of a text itself."""
+    if config.kind != "deep" or not config.init.startswith(("prompt:", AUTO)):
+        return None
+    told = config.model_copy(update={"init": "text"})
+    return _initial(backbone, task, told, None)[0]
 
 
 def _examples(task: Task, config: TuneConfig) -> str:
