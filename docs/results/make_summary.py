@@ -101,15 +101,23 @@ def target_table(lines: Sequence[Line]) -> list[str]:
         gaps = {task: as_share(own[task]) - as_share(tuned[task]) for task in tuned}
         worst = min(gaps, key=lambda task: gaps[task])
         ahead = [as_share(own[task]) - as_share(peft[task]) for task in peft]
+        times = [_times(own[task], lora[task]) for task in both]
         shares = [
-            sum(own[task][key] for task in both) / sum(lora[task][key] for task in both)
-            for key in ("train_seconds", "trained_parameters")
+            sum(mine for mine, _ in times) / sum(other for _, other in times),
+            sum(own[task]["trained_parameters"] for task in both) / sum(lora[x]["trained_parameters"] for x in both),
         ]
         made.append(
             f"| {kind} | {_points(list(gaps.values()))} on {len(gaps)} tasks | {worst}: {100 * gaps[worst]:+.1f} "
             f"| {_points(ahead)} on {len(ahead)} tasks | {shares[0]:.2f} | {shares[1]:.4f} |"
         )
     return made
+
+
+def _times(one: Line, other: Line) -> tuple[float, float]:
+    """Seconds of the processor where both lines have them: what runs beside a cell is not in these."""
+    both = one.get("processor_seconds") and other.get("processor_seconds")
+    key = "processor_seconds" if both else "train_seconds"
+    return one[key], other[key]
 
 
 def _best_of(lines: Sequence[Line], methods: Sequence[str], own: dict[str, Line]) -> dict[str, Line]:
