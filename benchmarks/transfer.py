@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    setting = {key: getattr(args, key) for key in ("source", "source_rows", "target", "test_rows")}
+    setting = {key: getattr(args, key) for key in ("model", "source", "source_rows", "target", "test_rows")}
     made = {**facts("transfer", args.model, "cpu", torch.get_num_threads()), **setting, "trials": []}
     if args.out.exists():
         kept = read_json(args.out)
