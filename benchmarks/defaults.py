@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    known = {name: spec for name, spec in read_yaml(RECIPE, [])["tasks"].items() if "labels" in spec}
+    known = known_tasks()
     if unknown := set(args.tasks) - set(known):
         raise SystemExit(f"there is no task {', '.join(sorted(unknown))} in {RECIPE}; it has {', '.join(known)}")
     trials = [{"axis": "base", "change": {}}]
@@ -91,18 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def known_tasks() -> dict[str, Any]:
+    """The recipe's classification tasks by name."""
+    return {name: spec for name, spec in read_yaml(RECIPE, [])["tasks"].items() if "labels" in spec}
+
+
 def run_all(
     backbone: sp.Backbone, config: ComparisonConfig, name: str, trials: Sequence[dict[str, Any]], out: Path
 ) -> None:
     """All trials of one task that are not in `out` yet; each is added to it."""
     model = Path(config.model[0]).name
     setting = {"task": name, "rows": config.train_rows, "test_rows": config.test_rows, "base": BASE}
-    made = {**facts("defaults", model, "cpu", torch.get_num_threads()), **setting, "trials": []}
-    if out.exists():
-        kept = read_json(out)
-        if differing := [key for key in setting if kept[key] != setting[key]]:
-            raise SystemExit(f"{out} was made with another {', '.join(differing)}; choose another --out")
-        made["trials"] = kept["trials"]
+    made = {**facts("defaults", model, "cpu", torch.get_num_threads()), **setting, "trials": kept_trials(out, setting)}
     done = [trial["change"] for trial in made["trials"]]
     texts = StateCache(KEPT_BYTES)
     front = load_task(config, name)
@@ -116,6 +116,17 @@ def run_all(
         keep(made, str(out))
         told = result.get("error") or f"{result['score']:.3f}, loss {result['loss']:.3f}"
         print(f"{model} {name} {trial['change'] or 'base'}: {told}, {result['cpu_seconds']:.0f} s", flush=True)
+
+
+def kept_trials(out: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `out` holds already. SystemExit where that was made with another setting."""
+    if not out.exists():
+        return []
+    kept = read_json(out)
+    if differing := [key for key in setting if kept[key] != setting[key]]:
+        raise SystemExit(f"{out} was made with another {', '.join(differing)}; choose another --out")
+    trials: list[dict[str, Any]] = kept["trials"]
+    return trials
 
 
 def run(backbone: sp.Backbone, task: sp.Task, settings: dict[str, Any], texts: StateCache) -> dict[str, Any]:

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from defaults import KEPT_BYTES, RECIPE, run
+from defaults import KEPT_BYTES, RECIPE, kept_trials, known_tasks, run
 from speed.facts import facts, keep
-from speed.tables import read_json
 
 import softprompt as sp
 from softprompt.attention import StateCache
@@ -32,7 +31,6 @@ from softprompt.comparison.cell import load_task
 from softprompt.comparison.config import ComparisonConfig
 from softprompt.comparison.places import behind
 from softprompt.evaluation.runner import evaluate_prompt
-from softprompt.plain_yaml import read_yaml
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -56,33 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     setting = {key: getattr(args, key) for key in ("model", "source", "source_rows", "target", "test_rows")}
-    made = {**facts("transfer", args.model, "cpu", torch.get_num_threads()), **setting, "trials": []}
-    if args.out.exists():
-        kept = read_json(args.out)
-        if differing := [key for key in setting if kept[key] != setting[key]]:
-            raise SystemExit(f"{args.out} was made with another {', '.join(differing)}; choose another --out")
-        made["trials"] = kept["trials"]
+    trials = kept_trials(args.out, setting)
+    made = {**facts("transfer", args.model, "cpu", torch.get_num_threads()), **setting, "trials": trials}
     task = load(args, args.target, max(args.rows))
-    if args.rows and max(args.rows) > len(task.train):
+    if max(args.rows) > len(task.train):
         raise SystemExit(f"{args.target} has {len(task.train)} training rows, {max(args.rows)} were asked for")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     backbone = sp.Backbone.load(args.model, precision="float32")
     source, texts = source_prompt(backbone, args), StateCache(KEPT_BYTES)
-    done = [{key: trial[key] for key in ("rows", "start", "seed")} for trial in made["trials"]]
+    done = [{key: trial[key] for key in ("rows", "start", "seed")} for trial in trials]
     for trial in plan(args.rows, args.seeds):
         if trial in done:
             continue
-        made["trials"].append(trial | one(backbone, task, trial, source, texts))
+        told = trial | one(backbone, task, trial, source, texts)
+        trials.append(told)
         keep(made, str(args.out))
-        told = made["trials"][-1]
         print(f"{trial}: {told.get('error') or round(told['score'], 3)}, {told['cpu_seconds']:.0f} s", flush=True)
     return 0
 
 
 def load(args: argparse.Namespace, name: str, rows: int) -> sp.Task:
     """A task of the recipe, its soft tokens behind the text."""
-    known = read_yaml(RECIPE, [])["tasks"]
-    if name not in known or "labels" not in known[name]:
+    known = known_tasks()
+    if name not in known:
         raise SystemExit(f"there is no classification task {name} in {RECIPE}; it has {', '.join(known)}")
     config = ComparisonConfig(
         model=args.model, data=args.data, tasks={name: known[name]}, train_rows=rows, test_rows=args.test_rows

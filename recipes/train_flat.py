@@ -72,10 +72,11 @@ def train(
     keep_texts(backbone, rows, start, texts)
 
     losses: list[float] = []
-    best, top_score, best_loss = vectors.detach().clone(), -math.inf, math.inf
-    mean, averaged = best, 0
+    best = mean = vectors.detach().clone()
+    top_score, best_loss = -math.inf, math.inf
     rising = math.ceil(warmup * steps)
-    order, epoch = list[int](), 0  # order: examples still to come
+    order: list[int] = []  # examples still to come
+    epoch = 0
     for step in range(steps):
         # A batch: the next examples of one random order after another.
         while len(order) < batch_size:
@@ -101,8 +102,7 @@ def train(
         optimizer.step()
 
         # Where a step ends is by chance: what counts is the mean over the last quarter of the steps.
-        averaged += 4 * (step + 1) > 3 * steps
-        mean = mean.lerp(vectors.detach(), 1 / max(1, averaged))
+        mean = mean.lerp(vectors.detach(), 1 / max(1, step + 1 - 3 * steps // 4))
 
         # Four times in a run, that is judged on rows that are not trained on.
         if (step + 1) % math.ceil(steps / 4) == 0 or step + 1 == steps:

@@ -129,8 +129,14 @@ def test_a_fold_is_a_run_of_tune_on_the_other_rows(backbone, input):
     for number, (trial, alone) in enumerate(zip(folds.trials, fold_tasks(task, 3, 2), strict=True), 1):
         result = sp.tune(backbone, alone, config.model_copy(update={"seed": 2 + number}))
         assert same(trial.run.trainer.parameters.vectors().detach(), last_vectors(backbone, alone, config, 2 + number))
-        mine = [(e["step"], e["score"], e["loss"]) for e in trial.run.monitor.events if e["event"] == "validation"]
-        assert mine == [(e["step"], e["score"], e["loss"]) for e in result.history if e["event"] == "validation"]
+        mine, whole = validations(trial.run.monitor.events), validations(result.history)
+        assert [(e["step"], e["score"]) for e in mine] == [(e["step"], e["score"]) for e in whole]
+        # Another mixture of texts in a batch may round the last bit of a float64 sum differently, as on AVX-512.
+        assert [e["loss"] for e in mine] == pytest.approx([e["loss"] for e in whole], rel=1e-13)
+
+
+def validations(events):
+    return [event for event in events if event["event"] == "validation"]
 
 
 def last_vectors(backbone, task, config, seed):

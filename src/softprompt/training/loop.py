@@ -143,8 +143,7 @@ class Trainer:
         self.without_gain = 0
         self.texts_done = 0
         self.seconds = 0.0
-        self.mean: torch.Tensor | None = None  # of the vectors after the last `averaged` steps
-        self.averaged = 0
+        self.mean: torch.Tensor | None = None  # of the vectors over the last `average` of the steps, once it has begun
 
     def run(self) -> str:
         """Train to the end; returns why it ended: "finished", "no better score", or "interrupted"."""
@@ -218,12 +217,13 @@ class Trainer:
     def _average(self, current: torch.Tensor) -> None:
         """Keep the mean over the last `average` of the steps: where a step ends is by chance, their mean is steadier
         (Polyak and Juditsky 1992)."""
-        if self.step > (1 - self.config.average) * self.steps:
-            self.averaged += 1
-            self.mean = current.clone() if self.mean is None else self.mean.lerp(current, 1 / self.averaged)
+        averaged = self.step - math.floor((1 - self.config.average) * self.steps)
+        if averaged > 0:
+            self.mean = current.clone() if self.mean is None else self.mean.lerp(current, 1 / averaged)
 
     def prompt(self) -> torch.Tensor:
-        """The vectors to be scored and kept at this step: the mean so far, before its first step those of training."""
+        """The vectors to be scored and kept at this step: the mean so far, before its first step those of training. A
+        copy: a checkpoint holds them as its best beside the mean itself, and no two tensors of a file share memory."""
         return (self.parameters.vectors().detach() if self.mean is None else self.mean).clone()
 
     def _gradient(self, batch: Sequence[Row], vectors: torch.Tensor) -> LossAndGradient:
@@ -291,7 +291,6 @@ class Trainer:
             "top_score": self.top_score if math.isfinite(self.top_score) else None,
             "best_step": self.best_step,
             "without_gain": self.without_gain,
-            "averaged": self.averaged,
             "seconds": self.seconds,
         }
         return Checkpoint(tensors, facts)
@@ -309,7 +308,7 @@ class Trainer:
         self.best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
         self.top_score = -math.inf if facts["top_score"] is None else facts["top_score"]
         self.without_gain, self.seconds = facts["without_gain"], facts["seconds"]
-        self.mean, self.averaged = tensors.get("mean"), facts["averaged"]
+        self.mean = tensors.get("mean")
 
 
 def _rounded(values: torch.Tensor) -> list[float]:
