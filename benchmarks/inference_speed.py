@@ -10,7 +10,8 @@ words and as evaluation harnesses do. That all give the same probabilities and t
 Generation: 64 rows of E2E, 32 new tokens each (nothing ends an answer earlier), greedy. `softprompt.generate` beside
 PEFT's `generate` on a left-padded batch. PEFT 0.21 puts the prompt before the padding and numbers positions through it,
 so in such a batch most rows get another answer than alone; how many is told. That ours are the answers of PEFT's
-`generate` to each row alone is asserted for some of the rows.
+`generate` to each row alone is asserted for some of the rows in float32; in bfloat16, where rounding decides between
+words that are about as likely, how many are the same is told.
 
 The prompt is the embeddings of an instruction, the same on all sides. Each side lives in a process of its own; they
 take turns over the same rows. The first turn, of few rows, is not timed. The last line is one JSON object.
@@ -120,9 +121,11 @@ def generation(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     numbers = range(len(split), len(split) + min(ALONE, len(split[0])))
     single, _ = alone(*makers["peft"], list(numbers))
     mine = [text.strip() for text in taken["softprompt"][0].array]
-    for ours, theirs in zip(mine, (each.array[0].strip() for each in single), strict=False):
-        assert ours == theirs, f"our answer {ours!r} is not PEFT's to the row alone, {theirs!r}"
-    found["same_as_peft_alone"] = f"{len(single)} of {len(single)}"
+    of_each = list(zip(mine, (each.array[0].strip() for each in single), strict=False))
+    for ours, theirs in of_each:
+        exact = args.precision == "float32"
+        assert ours == theirs or not exact, f"our answer {ours!r} is not PEFT's to the row alone, {theirs!r}"
+    found["same_as_peft_alone"] = f"{sum(ours == theirs for ours, theirs in of_each)} of {len(of_each)}"
     pairs = [
         (a.strip(), b.strip())
         for x, y in zip(taken["softprompt"], taken["peft"], strict=True)

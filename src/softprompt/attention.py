@@ -14,7 +14,7 @@ is approximate.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
+
+from .line_attention import Block, Call, Places, alike, attend
 
 NAME = "softprompt_rows"
 # Scores of one layer that are kept for the backward pass: 16 MiB in float32. Longer rows take fused attention.
@@ -108,80 +110,47 @@ class Pass:
     recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lengths = torch.as_tensor(self.lengths)
-        rows, width = len(lengths), int(lengths.max())
-        own = torch.arange(width)[None] < lengths[:, None]  # [R, T], which slots hold a token
-        self.rows, self.width = rows, width
-        self.padded = not bool(own.all())
-        self.slots = own.flatten().nonzero().flatten().to(self.device)  # [N], the slot of each token in line
-        tokens = torch.zeros(rows * width, dtype=torch.long)
-        tokens[own.flatten()] = torch.arange(int(lengths.sum()))
-        self.tokens = tokens.to(self.device)  # [R * T], the token in each slot (0 where there is none)
         self.before = [states for states in self.before if states.size]
-        assert not self.lead or all(states.shared for states in self.before), "a lead follows what all rows share"
-        self.leading = Pass([self.lead], self.before, device=self.device) if self.lead else None
-        self.total = sum(states.size for states in self.before) + self.lead + width  # keys that a row can see at most
-        self._biases: dict[int | None, torch.Tensor | None] = {}
+        same = all(states.shared for states in self.before)
+        assert not self.lead or same, "a lead follows what all rows share"
+        self._ends = list(itertools.accumulate(self.lengths, initial=self.lead))
+        # Rows with pieces of their own stay together, so that those need not be copied.
+        groups = alike(self.lengths) if same and self.parents is None else [list(range(len(self.lengths)))]
+        self.blocks = [self._block(group) for group in groups]
+        if self.lead:
+            alone = torch.arange(self.lead)[None]
+            self.blocks.append(self._made(alone, torch.ones_like(alone, dtype=torch.bool), lead=0))
+        self._places: dict[tuple[int, int], Places] = {}
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to the scores: 0 where a query may see a key, -inf where not; None if all are seen.
+    def _block(self, group: Sequence[int]) -> Block:
+        lengths = torch.tensor([self.lengths[row] for row in group])
+        begins = torch.tensor([self._ends[row] for row in group])
+        own = torch.arange(int(lengths.max()))[None]
+        real = own < lengths[:, None]
+        return self._made((begins[:, None] + own).masked_fill(~real, 0), real, self.lead)
 
-        Shape [R or 1, 1, 1, T, all keys]. window: a query sees keys less than `window` positions before it
-        (sliding-window attention).
-        """
-        if window not in self._biases:
-            hidden = self._hidden(window)
-            if hidden is not None:
-                bias = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
-                self._biases[window] = bias.masked_fill_(hidden, float("-inf"))[:, None, None]
-            else:
-                self._biases[window] = None
-        return self._biases[window]
+    def _made(self, tokens: torch.Tensor, real: torch.Tensor, lead: int) -> Block:
+        sizes = [(states.size, states.lengths) for states in self.before]
+        return Block(tokens, real, sizes, lead, self.parents, torch.device(self.device))
 
-    def _hidden(self, window: int | None) -> torch.Tensor | None:
-        """Which keys a query may not see: bool [R or 1, T, all keys], or None."""
-        if self.width == 1 and window is None and all(states.lengths is None for states in self.before):
-            return None  # one query that sees all there is
-        dev = torch.device(self.device)
-        own, own_hidden = self._own_places(dev)
-        pieces: list[torch.Tensor] = []  # of keys hidden because there is no token, [R or 1, 1, size]
-        positions: list[torch.Tensor] = []  # of keys, [R or 1, size]
-        start = torch.zeros(1, dtype=torch.long, device=dev)  # [R or 1], position of the next piece in each row
-        sizes = [(states.size, states.lengths) for states in self.before] + [(self.lead, None)] * bool(self.lead)
-        for size, lengths in sizes:
-            places = torch.arange(size, device=dev)[None]
-            real = torch.full((1,), size, device=dev) if lengths is None else lengths.to(dev)
-            pieces.append((places >= real[:, None])[:, None])
-            positions.append(start[:, None] + places)
-            start = start + real
-        rows = start.shape[0]
-        pieces = [piece.expand(rows, self.width, -1) for piece in pieces]
-        hidden = torch.cat([*pieces, own_hidden.expand(rows, -1, -1)], dim=2)
-        if window is not None:
-            queries = start[:, None] + own  # [R or 1, T]
-            keys = torch.cat([*(p.expand(rows, -1) for p in positions), queries], dim=1)
-            hidden = hidden | (queries[:, :, None] - keys[:, None, :] >= window)
-        return hidden
-
-    def _own_places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Place of each own token after the row's context [T], and which own keys it may not see [1, T, T]."""
-        if self.parents is None:
-            own = torch.arange(self.width, device=device)
-            return own, (own[None, :] > own[:, None])[None]
-        hidden = torch.ones(self.width, self.width, dtype=torch.bool)
-        depth = torch.zeros(self.width, dtype=torch.long)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                hidden[node], depth[node] = hidden[parent], depth[parent] + 1
-            hidden[node, node] = False
-        return depth.to(device), hidden[None].to(device)
+    def places(self, heads: int, kv_heads: int) -> Places:
+        """Where queries and keys of a layer with so many heads go; the same for all such layers."""
+        if (heads, kv_heads) not in self._places:
+            self._places[heads, kv_heads] = Places(self.blocks, heads, kv_heads)
+        return self._places[heads, kv_heads]
 
     def states(self) -> States:
         """The recorded keys and values, one row of own tokens padded to [R, K, T, D] per layer."""
-        layers = range(len(self.recorded))
-        keys = [_spread(self.recorded[i][0], self) for i in layers]
-        values = [_spread(self.recorded[i][1], self) for i in layers]
-        return States(keys, values, torch.as_tensor(self.lengths, device=self.device) if self.padded else None)
+        whole = self._block(range(len(self.lengths)))
+        place = whole.tokens.flatten().to(self.device)
+
+        def rows(line: torch.Tensor) -> torch.Tensor:  # [1, K, N, D] -> [R, K, T, D]
+            found = line[0].transpose(0, 1).index_select(0, place)
+            return found.view(whole.rows, whole.width, *found.shape[1:]).transpose(1, 2)
+
+        keys, values = ([rows(self.recorded[i][kind]) for i in range(len(self.recorded))] for kind in (0, 1))
+        full = bool(whole.real.all())
+        return States(keys, values, None if full else torch.as_tensor(self.lengths, device=self.device))
 
 
 class StateCache:
@@ -241,48 +210,6 @@ class StateCache:
         return True
 
 
-class _Spread(torch.autograd.Function):
-    """Tokens [N, ...] into slots [R * T, ...]. An empty slot is never read, so its gradient is dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: Pass) -> torch.Tensor:
-        ctx.rows = rows
-        return x.index_select(0, rows.tokens)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad.index_select(0, ctx.rows.slots), None
-
-
-def _spread(x: torch.Tensor, rows: Pass) -> torch.Tensor:
-    """[1, K, N, D] in line -> [R, K, T, D], one row each; slots without a token repeat token 0 and are never seen."""
-    line = x[0].transpose(0, 1)  # [N, K, D]
-    if rows.padded:
-        line = _Spread.apply(line, rows)  # [R * T, K, D]
-    return line.reshape(rows.rows, rows.width, *line.shape[1:]).transpose(1, 2)  # [R, K, T, D]
-
-
-def _collect(x: torch.Tensor, rows: Pass) -> torch.Tensor:
-    """[R, T, heads, D] -> [1, N, heads, D], the tokens back in line."""
-    line = x.reshape(rows.rows * rows.width, *x.shape[2:])
-    if rows.padded:
-        line = _Collect.apply(line, rows)
-    return line[None]
-
-
-class _Collect(torch.autograd.Function):
-    """Tokens out of their slots; the gradient of a slot without a token is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: Pass) -> torch.Tensor:
-        ctx.rows, ctx.shape = rows, x.shape
-        return x.index_select(0, rows.slots)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.rows.slots, grad), None
-
-
 _active = threading.local()
 # Which attention a model calls is a setting of the whole model, so passes of several threads take turns.
 one_at_a_time = threading.RLock()
@@ -309,71 +236,12 @@ def rows_attention(
     if rows.record:
         rows.recorded[layer] = (key, value)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    attend = functools.partial(_attend, layer=layer, window=sliding_window, softcap=softcap)
-    if not rows.leading:
-        return attend(query, key, value, rows), None
-    sizes = (rows.lead, query.shape[2] - rows.lead)
-    (lead_q, q), (lead_k, k), (lead_v, v) = (x.split(sizes, dim=2) for x in (query, key, value))
-    first, rest = attend(lead_q, lead_k, lead_v, rows.leading), attend(q, k, v, rows, lead=(lead_k, lead_v))
-    return torch.cat([first, rest], dim=1), None
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rows: Pass,
-    *,
-    layer: int,
-    window: int | None,
-    softcap: float | None,
-    lead: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Own tokens in line, [1, heads or K, N, D] each, over all that stands before them: [1, N, heads, D]."""
-    heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[-1]
-    group, count, width = heads // kv_heads, rows.rows, rows.width
-    # The query heads of one key-value head are laid out as further queries of it, so that no key is ever repeated.
-    q = _spread(query, rows).reshape(count, kv_heads, group * width, size)  # [R, K, G * T, D]
+    heads, kv_heads = query.shape[1], key.shape[1]
     pieces = [(states.keys[layer], states.values[layer]) for states in rows.before]
-    pieces += [lead] if lead else []
-    pieces.append((_spread(key, rows), _spread(value, rows)))  # [R or 1, K, size, D] each
-    if softcap is None and q.numel() // size * rows.total > LONG:
-        return _collect(_attend_long(q, pieces, rows, window), rows)
-    parts = [_times(q, k.transpose(2, 3)) for k, _ in pieces]  # [R, K, G * T, size] each
-    scores = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    bias = rows.bias(window, scores.dtype)
-    if bias is not None:
-        scores.view(count, kv_heads, group, width, -1).add_(bias)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
-    split = weights.split([k.shape[2] for k, _ in pieces], dim=-1)
-    seen = [_times(w, v) for w, (_, v) in zip(split, pieces, strict=True)]
-    out = functools.reduce(torch.add, seen)  # [R, K, G * T, D]
-    return _collect(out.reshape(count, heads, width, size).transpose(1, 2), rows)
-
-
-def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b for a [R, K, X, Y] and b [R, K, Y, Z], or b [1, K, Y, Z] that all rows share: then one product for all."""
-    rows, kv_heads, size = a.shape[0], a.shape[1], a.shape[2]
-    if b.shape[0] == rows:
-        return a @ b
-    by_head = a.transpose(0, 1).reshape(kv_heads, rows * size, a.shape[3])
-    return (by_head @ b[0]).view(kv_heads, rows, size, -1).transpose(0, 1)
-
-
-def _attend_long(
-    q: torch.Tensor, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: Pass, window: int | None
-) -> torch.Tensor:
-    """The same by PyTorch's fused attention, which keeps no scores: shared states are copied for each row instead."""
-    keys = torch.cat([k.expand(rows.rows, -1, -1, -1) for k, _ in pieces], dim=2)
-    values = torch.cat([v.expand(rows.rows, -1, -1, -1) for _, v in pieces], dim=2)
-    bias = rows.bias(window, q.dtype)
-    if bias is not None:
-        group = q.shape[2] // rows.width
-        bias = bias[:, 0].expand(-1, group, -1, -1).reshape(bias.shape[0], 1, q.shape[2], -1)
-    out = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=1.0)
-    return out.reshape(rows.rows, -1, rows.width, q.shape[-1]).transpose(1, 2)  # [R, T, heads, D]
+    call = Call(rows.blocks, rows.places(heads, kv_heads), sliding_window, softcap)
+    most = max(block.rows * block.width * block.total for block in rows.blocks)
+    fused = softcap is None and heads * most > LONG
+    return attend(query[0], key[0], value[0], pieces, call, fused)[None], None
 
 
 AttentionInterface.register(NAME, rows_attention)

@@ -1,0 +1,114 @@
+"""Attention of rows in line, and its written-out gradient, beside attention row by row through autograd."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softprompt.attention import Pass, States
+from softprompt.line_attention import ALIKE, Call, alike, attend
+
+HEADS, KV_HEADS, SIZE, VALUE_SIZE = 4, 2, 8, 6
+TREE = (-1, 0, 0, 2, -1)
+
+
+def noise(*shape):
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+def piece(rows, size, lengths=None):
+    return States([noise(rows, KV_HEADS, size, SIZE)], [noise(rows, KV_HEADS, size, VALUE_SIZE)], lengths)
+
+
+def reference(query, key, value, rows, window, softcap):
+    """One row after another: [N, H, D]. A token sees what stands before its row, the lead, and its own ancestors."""
+    outs = []
+    begin, leads = 0, [(rows.lead, None, 0)] if rows.lead else []
+    pieces = [*leads, *((length, r, rows.lead) for r, length in enumerate(rows.lengths))]
+    for length, row, lead in pieces:
+        keys, values = [], []
+        for states in rows.before:
+            mine = 0 if states.shared or row is None else row
+            real = states.size if states.lengths is None else int(states.lengths[mine])
+            keys.append(states.keys[0][mine, :, :real])
+            values.append(states.values[0][mine, :, :real])
+        keys += [key[:, :lead], key[:, begin : begin + length]]
+        values += [value[:, :lead], value[:, begin : begin + length]]
+        outs.append(one_row(query[:, begin : begin + length], torch.cat(keys, 1), torch.cat(values, 1), rows.parents,
+                            window, softcap))  # fmt: skip
+        begin += length
+    return torch.cat(outs)
+
+
+def one_row(query, keys, values, parents, window, softcap):
+    length, before = query.shape[1], keys.shape[1] - query.shape[1]
+    outs = []
+    for t in range(length):
+        own, node = [], t
+        while node >= 0:
+            own.insert(0, node)
+            node = node - 1 if parents is None else parents[node]
+        seen = [*range(before), *(before + node for node in own)]
+        seen = seen if window is None else seen[-window:]
+        heads = [h * KV_HEADS // HEADS for h in range(HEADS)]
+        scores = torch.einsum("hd,hsd->hs", query[:, t], keys[heads][:, seen])
+        scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+        outs.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), values[heads][:, seen]))
+    return torch.stack(outs)
+
+
+CASES = {
+    "alone": {"lengths": [5, 1, 3]},
+    "blocks of unlike length": {"lengths": [2, 9, 8, 1, 7, 3]},
+    "behind what all share": {"lengths": [4, 4], "before": [(1, 3), (1, 2)]},
+    "behind a lead": {"lengths": [9, 2, 3], "lead": 4},
+    "behind a lead behind what all share": {"lengths": [9, 2, 3], "before": [(1, 3)], "lead": 4},
+    "behind pieces of their own": {"lengths": [5, 1, 3], "before": [(1, 2), (3, 4, (4, 1, 0)), (3, 2)]},
+    "a tree": {"lengths": [5, 5], "before": [(1, 2)], "parents": TREE},
+    "one token": {"lengths": [1, 1, 1], "before": [(3, 4)]},
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"window": 3}, {"softcap": 0.7}], ids=["full", "window", "softcap"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_attention_row_by_row(case, more):
+    torch.manual_seed(0)
+    given = dict(CASES[case])
+    states = [piece(rows, size, *map(torch.tensor, rest)) for rows, size, *rest in given.pop("before", [])]
+    rows = Pass(before=states, **given)
+    count = sum(rows.lengths) + rows.lead
+    query, key, value = noise(HEADS, count, SIZE), noise(KV_HEADS, count, SIZE), noise(KV_HEADS, count, VALUE_SIZE)
+    leaves = [query, key, value, *(tensor for s in states for tensor in (s.keys[0], s.values[0]))]
+    window, softcap = more.get("window"), more.get("softcap")
+    call = Call(rows.blocks, rows.places(HEADS, KV_HEADS), window, softcap)
+    wanted = reference(query, key, value, rows, window, softcap)
+    weight = torch.randn_like(wanted)
+    gradients = torch.autograd.grad((wanted * weight).sum(), leaves)
+    pieces = [(s.keys[0], s.values[0]) for s in states]
+    for fused in (False, True) if softcap is None else (False,):
+        found = attend(query, key, value, pieces, call, fused)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+        for mine, right in zip(torch.autograd.grad((found * weight).sum(), leaves), gradients, strict=True):
+            torch.testing.assert_close(mine, right, rtol=0, atol=1e-12)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30))
+def test_rows_of_like_length_are_together(lengths):
+    groups = alike(lengths)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        of_group = [lengths[row] for row in group]
+        assert of_group == sorted(of_group, reverse=True) and of_group[-1] >= ALIKE * of_group[0]
+    ends = [lengths[group[0]] for group in groups]
+    assert ends == sorted(set(ends), reverse=True)
+
+
+def test_pieces_that_need_no_gradient_get_none():
+    torch.manual_seed(0)
+    fixed, learned = piece(1, 3), piece(1, 2)
+    fixed = States([fixed.keys[0].detach()], [fixed.values[0].detach()])
+    rows = Pass([2, 2], [fixed, learned])
+    line = [noise(heads, 4, SIZE) for heads in (HEADS, KV_HEADS)] + [noise(KV_HEADS, 4, VALUE_SIZE)]
+    pieces = [(s.keys[0], s.values[0]) for s in (fixed, learned)]
+    attend(*line, pieces, Call(rows.blocks, rows.places(HEADS, KV_HEADS), None, None), False).sum().backward()
+    assert fixed.keys[0].grad is None and learned.keys[0].grad.abs().sum() > 0
