@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +98,8 @@ class Pass:
     for all rows (States of one row) or each row's own (States of R rows). record: keep the own keys and values of each
     layer in `recorded`. parents: own tokens form a tree (the same in every row) in which each sees its ancestors only;
     -1 at the root. lead: so many tokens at the beginning of the line are no row: they stand before every row, after
-    all of `before`, and are computed in the same pass.
+    all of `before`, and are computed in the same pass. see: called in each layer with its number, its scaled queries
+    [1, H, N, D] and its number of key-value heads.
     """
 
     lengths: Sequence[int]
@@ -107,6 +108,7 @@ class Pass:
     device: torch.device | str = "cpu"
     parents: Sequence[int] | None = None
     lead: int = 0
+    see: Callable[[int, torch.Tensor, int], None] | None = None
     recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -237,6 +239,8 @@ def rows_attention(
         rows.recorded[layer] = (key, value)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     heads, kv_heads = query.shape[1], key.shape[1]
+    if rows.see:
+        rows.see(layer, query, kv_heads)
     pieces = [(states.keys[layer], states.values[layer]) for states in rows.before]
     call = Call(rows.blocks, rows.places(heads, kv_heads), sliding_window, softcap)
     most = max(block.rows * block.width * block.total for block in rows.blocks)

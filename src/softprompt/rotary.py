@@ -47,6 +47,12 @@ def _moved(backbone: Backbone, states: States, offsets: torch.Tensor) -> States:
     return States(keys, values)
 
 
+def turned_by(backbone: Backbone, layer: int, states: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Keys or queries [1, heads, N, D] of a layer as they are `offset` [1] positions further on (or back)."""
+    turn = _turn(backbone, layer, states, offset)
+    return states if turn is None else _turned(states, *turn)
+
+
 def can_move(backbone: Backbone) -> bool:
     """Whether `moved` gives this model's own keys; tried once."""
     known: bool | None = getattr(backbone, "_keys_move", None)

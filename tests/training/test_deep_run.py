@@ -12,6 +12,7 @@ from softprompt.errors import BackboneMismatchError, ConfigError
 from softprompt.evaluation.runner import make_encoder
 from softprompt.placement import Row
 from softprompt.training.parameters import KEYS, VALUES, make_parameters
+from softprompt.training.run import _text_states
 from tiny_models import make_backbone, make_tokenizer
 
 DEEP = {**SETTINGS, "kind": "deep"}
@@ -51,8 +52,10 @@ def test_the_norm_guard_holds_each_token_near_its_start(backbone):
 
     def moved(**settings) -> torch.Tensor:
         given = {**DEEP, "steps": 6, "warmup": 0.0, "average": 0.0, **settings}
-        result = sp.tune(backbone, make_task(input=BEHIND), **given)
-        scale = make_parameters(result.initial, "none", 1.0, 0).scale
+        task = make_task(input=BEHIND)
+        result = sp.tune(backbone, task, **given)
+        states = _text_states(backbone, task, sp.TuneConfig(**given))  # the start before it is turned away
+        scale = make_parameters(states, "none", 1.0, 0).scale
         return ((result.prompt.vectors - result.initial) / scale).square().mean(dim=-1).sqrt()  # [L, 2, K, P]
 
     free, held = (moved(learning_rate=2.0, norm_guard=limit) for limit in (0.0, 0.25))

@@ -32,6 +32,7 @@ from .config import TuneConfig
 from .folder import CHECKPOINT, prepare, record, versions
 from .loop import Trainer, Validation
 from .monitor import Listener, Monitor
+from .quiet_start import quiet
 from .transfer import AUTO, best_start, fitted
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def begin(
     rows, cut = encoded or encode_task(backbone, task, config)
     recorded = record(backbone, task, config)
     checkpoint = prepare(folder, resume, recorded, config_text)
-    initial, note = _initial(backbone, task, config, checkpoint)
+    initial, note = _initial(backbone, task, config, checkpoint, rows)
     monitor = Monitor(folder / "metrics.jsonl" if folder else None, (*listeners, *_tensorboard(folder, config)))
     if texts is None:
         texts = open_texts(
@@ -207,7 +208,7 @@ def encode_rows(encoder: Encoder, split: Split) -> tuple[list[Row], int]:
 
 
 def _initial(
-    backbone: Backbone, task: Task, config: TuneConfig, checkpoint: Checkpoint | None
+    backbone: Backbone, task: Task, config: TuneConfig, checkpoint: Checkpoint | None, rows: Sequence[Row]
 ) -> tuple[torch.Tensor, str]:
     if checkpoint:
         return checkpoint.tensors["initial"], "from the checkpoint"
@@ -227,16 +228,18 @@ def _initial(
     )
     if config.kind == "deep":
         vectors, said = deep_from_tokens(backbone, vectors), f"keys and values that the model gives {said}"
+        vectors = vectors if config.init.startswith("prompt:") else quiet(backbone, rows, vectors)
     return best_start(backbone, task, library, vectors, config.max_tokens) if library else (vectors, said)
 
 
 def _text_states(backbone: Backbone, task: Task, config: TuneConfig) -> torch.Tensor | None:
-    """For a deep prompt that starts from another: the states of the task's instruction. A tuned prompt's values are
-    larger than any text's, and steps in units of them would be too long; None where the start is of a text itself."""
-    if config.kind != "deep" or not config.init.startswith(("prompt:", AUTO)):
+    """What a deep prompt's numbers are learned in units of: the states of the text that it starts from, as they are
+    before they are turned away. Where it starts from another prompt, the states of the task's instruction: a tuned
+    prompt's values are larger than any text's, and steps in units of them would be too long."""
+    if config.kind != "deep":
         return None
-    told = config.model_copy(update={"init": "text"})
-    return _initial(backbone, task, told, None)[0]
+    told = {"init": "text"} if config.init.startswith(("prompt:", AUTO)) else {}
+    return _initial(backbone, task, config.model_copy(update=told), None, ())[0]
 
 
 def _examples(task: Task, config: TuneConfig) -> str:
