@@ -115,7 +115,7 @@ class Pass:
         self.before = [states for states in self.before if states.size]
         same = all(states.shared for states in self.before)
         assert not self.lead or same, "a lead follows what all rows share"
-        self._ends = list(itertools.accumulate(self.lengths, initial=self.lead))
+        self._begins = list(itertools.accumulate(self.lengths, initial=self.lead))
         # Rows with pieces of their own stay together, so that those need not be copied.
         groups = alike(self.lengths) if same and self.parents is None else [list(range(len(self.lengths)))]
         self.blocks = [self._block(group) for group in groups]
@@ -126,7 +126,7 @@ class Pass:
 
     def _block(self, group: Sequence[int]) -> Block:
         lengths = torch.tensor([self.lengths[row] for row in group])
-        begins = torch.tensor([self._ends[row] for row in group])
+        begins = torch.tensor([self._begins[row] for row in group])
         own = torch.arange(int(lengths.max()))[None]
         real = own < lengths[:, None]
         return self._made((begins[:, None] + own).masked_fill(~real, 0), real, self.lead)

@@ -9,6 +9,7 @@ blocks. Autograd would do the same through some hundred small operations a layer
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -288,8 +289,9 @@ def _fused(
     """The same by PyTorch's fused attention, differentiated by autograd; what all rows share is copied for each row."""
     outs = []
     for block, q_at, k_at in zip(call.blocks, call.places.queries, call.places.keys, strict=True):
-        q = query.index_select(0, q_at).view(block.rows, call.places.kv_heads, -1, query.shape[-1])  # [R, K, G * T, D]
-        own = [x.index_select(0, k_at).view(*q.shape[:2], block.own, -1) for x in (key, value)]
+        shape = (block.rows, call.places.kv_heads)
+        q = _gather(query, q_at, math.prod(shape)).unflatten(0, shape)  # [R, K, G * T, D]
+        own = [_gather(x, k_at, math.prod(shape)).unflatten(0, shape) for x in (key, value)]
         keys, values = (
             torch.cat([*(piece[i].expand(block.rows, -1, -1, -1) for piece in pieces), own[i]], dim=2) for i in (0, 1)
         )

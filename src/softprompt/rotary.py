@@ -39,17 +39,18 @@ def moved(backbone: Backbone, states: States, offsets: torch.Tensor) -> States:
 
 
 def _moved(backbone: Backbone, states: States, offsets: torch.Tensor) -> States:
-    keys = []
-    for layer, key in enumerate(states.keys):
-        turn = _turn(backbone, layer, key, offsets)
-        keys.append(key.expand(len(offsets), -1, -1, -1) if turn is None else _turned(key, *turn))
+    keys = [
+        turned_by(backbone, layer, key, offsets).expand(len(offsets), -1, -1, -1)
+        for layer, key in enumerate(states.keys)
+    ]
     values = [value.expand(len(offsets), -1, -1, -1) for value in states.values]
     return States(keys, values)
 
 
-def turned_by(backbone: Backbone, layer: int, states: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Keys or queries [1, heads, N, D] of a layer as they are `offset` [1] positions further on (or back)."""
-    turn = _turn(backbone, layer, states, offset)
+def turned_by(backbone: Backbone, layer: int, states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Keys or queries [1, heads, N, D] of a layer as they are offsets[r] positions further on (or back): [R, heads, N,
+    D], or as they are where the model turns none."""
+    turn = _turn(backbone, layer, states, offsets)
     return states if turn is None else _turned(states, *turn)
 
 
