@@ -9,6 +9,7 @@ import torch
 from test_run import SETTINGS, make_task
 
 import softprompt as sp
+from softprompt.errors import BackboneError
 from softprompt.placement import first_soft
 from softprompt.rotary import turned_by
 from softprompt.training import quiet_start
@@ -81,3 +82,9 @@ def test_a_prompt_that_is_started_from_is_not_turned(tmp_path):
     tuned.prompt.save(tmp_path / "prompt")
     again = sp.tune(backbone, task, **{**settings, "init": f"prompt:{tmp_path / 'prompt'}"})
     assert torch.equal(again.initial, tuned.prompt.vectors)
+
+
+def test_a_model_whose_keys_cannot_stand_there_is_refused_as_ever():
+    backbone = make_backbone("bloom", torch.float32, make_tokenizer())
+    with pytest.raises(BackboneError, match="a deep prompt can only stand"):
+        sp.tune(backbone, make_task(input=BEHIND), **{**SETTINGS, "kind": "deep", "tokens": TOKENS, "steps": 1})

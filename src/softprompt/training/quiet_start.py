@@ -27,6 +27,8 @@ RIDGE = 0.1
 
 def quiet(backbone: Backbone, rows: Sequence[Row], vectors: torch.Tensor) -> torch.Tensor:
     """A deep prompt [L, 2, K, P, D] as the start behind the text of `rows`; as it is where it stands before them."""
+    if not backbone.fast:  # its keys cannot be moved behind a text, which the first step says
+        return vectors
     if len(rows) < 2 or first_soft(rows[0].ids) < shared_length(rows):
         return vectors
     queries = tail_queries(backbone, rows[:ROWS], prompt_length(vectors)).to(vectors)  # [L, K, n, D]
