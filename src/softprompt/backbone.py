@@ -14,6 +14,7 @@ import torch
 from .attention import Pass, StateCache, one_at_a_time, rows_in_line
 from .errors import BackboneError, BackboneMismatchError
 from .few_rows import few_rows_at_once
+from .frozen_layers import frozen_layers, know_layers
 from .prompt import SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Backbone:
             model.config, "is_encoder_decoder", False
         ):
             raise BackboneError(f"{self.name} ({type(model).__name__}) is not a causal language model; expected one")
+        with one_at_a_time:
+            know_layers(model)
 
     @staticmethod
     def load(
@@ -253,8 +256,8 @@ class Backbone:
         wanted: places in the line [A] whose last hidden states alone are wanted (none, where only keys and values are):
         -> [A, H]. Nothing reads the others in the last layer, so its MLP is then computed for these alone.
         """
-        with rows_in_line(self.model, rows), few_rows_at_once(self.model), _mlp_of(self._last_mlp, wanted):
-            body = self.model.base_model
+        model, body = self.model, self.model.base_model
+        with rows_in_line(model, rows), few_rows_at_once(model), frozen_layers(model), _mlp_of(self._last_mlp, wanted):
             out = body(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)
         states: torch.Tensor = out.last_hidden_state[0]
         return states if wanted is None else states[wanted]

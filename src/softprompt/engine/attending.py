@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from ..attention import _KNOWN, UnsupportedAttentionError, one_at_a_time
 from ..backbone import Backbone
 from ..few_rows import few_rows_at_once
+from ..frozen_layers import frozen_layers
 from .slots import Pool, Slot
 
 NAME = "softprompt_slots"
@@ -160,8 +161,9 @@ def hidden_states(
     backbone: Backbone, embeddings: torch.Tensor, positions: torch.Tensor, parts: Sequence[Single | Several]
 ) -> torch.Tensor:
     """Last hidden states of all tokens in line: embeddings [N, H], positions [N] -> [N, H]. Writes the slots."""
-    with _in_slots(backbone.model, parts), few_rows_at_once(backbone.model):
-        out = backbone.model.base_model(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)
+    model = backbone.model
+    with _in_slots(model, parts), few_rows_at_once(model), frozen_layers(model):
+        out = model.base_model(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False)
     states: torch.Tensor = out.last_hidden_state[0]
     return states
 
