@@ -36,7 +36,7 @@ def train(
     clip: float = 1.0,  # largest gradient norm, for vectors measured in that unit
     epochs: float | None = None,  # 2, or up to 6 for 200 steps, and at least 30 steps
     batch_size: int = 16,
-    micro_batch_tokens: int = 4096,  # bounds the memory, changes no result
+    micro_batch_tokens: int = 1024,  # bounds the memory, changes no result
     validation_rows: int = 500,
     seed: int = 0,
     say: Callable[[str], None] = print,

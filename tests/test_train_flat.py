@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import softprompt as sp
+from softprompt.machine import tokens_at_once
 from softprompt.training.loop import WARMUP
 from tiny_models import make_backbone
 
@@ -73,6 +74,7 @@ def test_the_defaults_are_tunes():
     }
     assert len(defaults) == 10
     assert defaults.pop("warmup") == WARMUP["embedding"]
+    assert defaults.pop("micro_batch_tokens") == tokens_at_once(torch.device("cpu"))
     assert defaults == {name: sp.TuneConfig.model_fields[name].default for name in defaults}
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
+from softprompt import machine
 from softprompt.attention import StateCache
 from softprompt.computation import deep_from_tokens, keep_texts, loss_and_gradient
 from softprompt.data import Task
-from softprompt.machine import text_bytes
 from softprompt.placement import Row, shared_length
-from softprompt.training.config import TuneConfig
 
 from .cases import REVIEW, encode
 from .sides import Made, Setting, first_vectors, load_ours, peft_prompt_model, right_padded
@@ -45,7 +44,7 @@ def in_front(setting: Setting) -> Made:
     jobs, fields = setting.more["jobs"], setting.more["fields"]
     batches = [rows_of(job, backbone.tokenizer, fields, FRONT) for job in jobs]
     vectors = [first_vectors(backbone.model, job.tokens) for job in jobs]
-    budget = int(TuneConfig.model_fields["micro_batch_tokens"].default)
+    budget = machine.tokens_at_once(backbone.device)
     cache = StateCache()
 
     def step(number: int) -> tuple[float, None]:
@@ -64,7 +63,7 @@ def behind(setting: Setting) -> Made:
     vectors = [deep_from_tokens(backbone, each) for each in vectors] if deep else vectors
     # Rows of one template begin alike; one start for all, so that states of a text serve every job that has it.
     start = shared_length([row for batch in batches for row in batch])
-    texts = StateCache(text_bytes())
+    texts = StateCache(machine.text_bytes())
     for batch in batches:
         assert keep_texts(backbone, batch, start, texts), "there is not memory enough for the texts of the curves"
 

@@ -14,7 +14,6 @@ from softprompt.backbone import PRECISIONS, Backbone
 from softprompt.computation import loss_and_gradient
 from softprompt.placement import Row, shared_length
 from softprompt.prompt import by_token
-from softprompt.training.config import TuneConfig
 
 from .cases import without_soft
 
@@ -66,7 +65,7 @@ def load_ours(setting: Setting) -> Backbone:
 
 def step_of(backbone: Backbone, batches: Sequence[Sequence[Row]], vectors: torch.Tensor, cache: StateCache) -> Step:
     """Steps as `tune` takes them: one start for all rows, the default memory bound."""
-    budget = int(TuneConfig.model_fields["micro_batch_tokens"].default)
+    budget = machine.tokens_at_once(backbone.device)
     start = shared_length([row for batch in batches for row in batch])
 
     def step(number: int) -> tuple[float, torch.Tensor]:

@@ -16,6 +16,7 @@ All give the same loss and the same gradient (tests/test_computation.py, to 1e-1
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from .rotary import moved
 Ids = tuple[int, ...]
 # Keys and values of a token take a tenth or less of the memory that its computation takes for the backward pass; they
 # are copied once or twice.
-LIGHT = 4
+LIGHT = 8
 TOLD_ROWS = 256  # rows whose texts are looked up between two calls that tell how far it is
 
 
@@ -314,24 +315,28 @@ def _pad(states: Sequence[States | None], backbone: Backbone) -> States:
 def micro_batches(
     rows: Sequence[Row], start: int, budget: int, extra: int = 0, known: Callable[[Row], int] = lambda row: 0
 ) -> Iterator[list[Row]]:
-    """Rows of like length together, each micro-batch with at most `budget` own tokens (or a single longer row).
+    """Rows of like length together, in micro-batches of like size with at most `budget` own tokens (or a single longer
+    row).
 
     extra: tokens that will be added to each row. known: how many of a row's tokens from `start` on are states already,
     which take less memory and no computation: `LIGHT` of them count as one.
     """
-    ordered = sorted(rows, key=lambda row: -len(row.ids))
+    sizes = [_weight(row, start, extra, known(row)) for row in rows]
+    even = sum(sizes) / max(1, math.ceil(sum(sizes) / budget))  # as many as are needed, of like size
     batch: list[Row] = []
     used = 0
-    for row in ordered:
-        light = known(row)
-        own = len(row.ids) - start + extra - light + -(-light // LIGHT)
-        if batch and used + own > budget:
+    for own, row in sorted(zip(sizes, rows, strict=True), key=lambda sized: -len(sized[1].ids)):
+        if batch and (used >= even or used + own > budget):
             yield batch
             batch, used = [], 0
         batch.append(row)
         used += own
     if batch:
         yield batch
+
+
+def _weight(row: Row, start: int, extra: int, known: int) -> int:
+    return len(row.ids) - start + extra - known + -(-known // LIGHT)
 
 
 def known_tokens(start: int, vectors: torch.Tensor | None, cache: StateCache | None) -> Callable[[Row], int]:

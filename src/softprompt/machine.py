@@ -51,6 +51,16 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def tokens_at_once(device: torch.device) -> int:
+    """How many tokens of a batch are best computed together where a gradient is wanted.
+
+    On a CPU a thousand fill the matrix products already; with four thousand what is kept for the gradient leaves its
+    caches, and a step on long texts takes half as long again, in twice the memory (docs/log.md). An accelerator has
+    more units to fill; not measured on one.
+    """
+    return 1024 if device.type == "cpu" else 4096
+
+
 def probe_precision(device: torch.device | str | None = None) -> Precision:
     """Choose float32 or bfloat16 for `device`, on a CPU by timing both for at most a quarter of a second.
 

@@ -53,8 +53,11 @@ class TuneConfig(BaseModel):
     )
     steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     batch_size: int = Field(16, ge=1, description="examples an optimiser step")
-    micro_batch_tokens: int = Field(
-        4096, ge=1, description="tokens computed at once: bounds the memory and changes no result"
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens computed at once: bounds the memory and changes no result; default: 1,024, on an "
+        "accelerator 4,096",
     )
     reparametrisation: Literal["none", "residual"] = Field(
         "none", description="residual: learn through a small network, folded away at save (Razdaibiedina et al. 2023)"

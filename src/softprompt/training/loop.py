@@ -18,7 +18,7 @@ from ..attention import StateCache
 from ..backbone import Backbone
 from ..computation import LossAndGradient, is_deep, keep_texts, loss_and_gradient
 from ..errors import TrainingError
-from ..machine import text_bytes
+from ..machine import text_bytes, tokens_at_once
 from ..placement import Row, shared_length
 from ..prompt import by_token
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
@@ -227,7 +227,7 @@ class Trainer:
         return (self.parameters.vectors().detach() if self.mean is None else self.mean).clone()
 
     def _gradient(self, batch: Sequence[Row], vectors: torch.Tensor) -> LossAndGradient:
-        budget = self.config.micro_batch_tokens
+        budget = self.config.micro_batch_tokens or tokens_at_once(self.backbone.device)
         return loss_and_gradient(
             self.backbone, batch, vectors, micro_batch_tokens=budget, start=self.start, cache=self.texts
         )
