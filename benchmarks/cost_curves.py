@@ -22,7 +22,7 @@ from typing import Any
 from speed.cases import DATA, KINDS, read_fields
 from speed.compare import alone, take_steps
 from speed.curve_sides import Job, behind, in_front, peft, sweeps
-from speed.facts import facts, finish
+from speed.facts import facts, finish, precision_named
 from speed.sides import Setting
 from speed.suffix_sides import BEHIND, FRONT
 
@@ -60,7 +60,7 @@ def jobs_of(axes: dict[str, tuple[int, ...]]) -> list[Job]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, hub id or folder")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--precision", default="auto", type=precision_named, help="auto, float32 or bfloat16")
     parser.add_argument("--passes", type=int, default=2, help="times that each point is measured; the least counts")
     parser.add_argument("--quick", action="store_true", help="two points of each curve, once, and few trials")
     parser.add_argument("--threads", type=int, default=machine.threads().cores)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from speed.cases import KINDS, read_fields
 from speed.compare import Steps, alone, ratio, take_steps
-from speed.facts import facts, finish
+from speed.facts import facts, finish, precision_named
 from speed.inference_sides import EVALUATION, GENERATION, Maker
 from speed.sides import Setting
 
@@ -45,7 +45,7 @@ TARGETS = {"evaluation": 5, "generation": 3}  # times PEFT (issue 3)
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, hub id or folder")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--precision", default="auto", type=precision_named, help="auto, float32 or bfloat16")
     parser.add_argument("--rows", type=int, default=128, help="reviews a turn")
     parser.add_argument("--generate-rows", type=int, default=64, help="rows to be answered a turn")
     parser.add_argument("--turns", type=int, default=2, help="timed turns of each side")

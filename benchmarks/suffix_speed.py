@@ -30,7 +30,7 @@ from typing import Any
 
 from speed.cases import DATA, KINDS, Data, read_fields
 from speed.compare import TOLERANCE, alone
-from speed.facts import facts, finish
+from speed.facts import facts, finish, precision_named
 from speed.goal import GOAL, goal_figures
 from speed.process import Taken
 from speed.sides import Setting
@@ -53,7 +53,7 @@ TARGETS = {"suffix": {"softprompt": 10, "peft-prompt": 30}, "deep-suffix": {"sof
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="alias, hub id or folder")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--precision", default="auto", type=precision_named, help="auto, float32 or bfloat16")
     parser.add_argument("--rows", type=int, default=48, help="rows whose texts are kept")
     parser.add_argument("--epochs", type=int, default=7, help="epochs over kept texts, of which the first is not timed")
     parser.add_argument("--steps", type=int, default=3, help="steps without kept texts, the first is not timed")

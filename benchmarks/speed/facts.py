@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -13,8 +14,11 @@ from typing import Any
 
 import torch
 
+from softprompt import machine
+
 PEAK_SHAPE = (512, 576, 1536)  # rows, inputs, outputs: a layer of SmolLM2-135M over a batch of short texts
 PEAK_SHAPE_CUDA = (16384, 4096, 4096)
+PRECISIONS = ("float32", "bfloat16")
 PROBE = 0.5  # seconds for each precision
 
 
@@ -32,6 +36,15 @@ def facts(benchmark: str, model: str, device: str, threads: int) -> dict[str, An
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
+
+
+def precision_named(given: str) -> str:
+    """For argparse: a precision; auto is what is faster here, as `softprompt.tune` takes it."""
+    if given == "auto":
+        return str(machine.probe_precision().dtype).removeprefix("torch.")
+    if given not in PRECISIONS:
+        raise argparse.ArgumentTypeError(f"expected auto, {' or '.join(PRECISIONS)}, not {given}")
+    return given
 
 
 def cpu_name() -> str:

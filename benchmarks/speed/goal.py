@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from softprompt.backbone import PRECISIONS
 from softprompt.data import Task
 from softprompt.demo_data import movie_reviews
 from softprompt.encoding import Encoder
@@ -109,7 +110,7 @@ def peft(setting: Setting) -> Made:
 
     more, data = setting.more, movie_reviews(train=TRAIN, validation=VALIDATION, test=2)
     tokenizer = AutoTokenizer.from_pretrained(setting.folder)
-    base = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).to(setting.device)
+    base = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=PRECISIONS[setting.precision]).to(setting.device)
     config = PromptTuningConfig(
         task_type="CAUSAL_LM",
         prompt_tuning_init=PromptTuningInit.TEXT,
