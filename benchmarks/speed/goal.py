@@ -21,19 +21,17 @@ from .suffix_sides import BEHIND, FRONT, PEFT_RATE, template_of
 
 GOAL = 0.83
 TRAIN, VALIDATION = 1000, 300
-# Settings of `softprompt.tune` for the goal; --set changes them.
+# Settings of `softprompt.tune` for the goal, all others its defaults; --set changes them.
 OURS: dict[str, Any] = {
     "input": BEHIND,
     "kind": "deep",
     "tokens": 20,
     "train": TRAIN,
-    "epochs": 3,
-    "batch_size": 32,
-    "learning_rate": 0.1,
-    "validate_every": 16,
+    "batch_size": 16,
+    "validate_every": 20,
     "text_cache": "memory",  # nothing of an earlier run
-    "init_text": "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?",
 }
+PEFT_TEXT = "Classify the movie review as positive or negative. Sentiment of the review: positive or negative?"
 PEFT = {"tokens": 20, "batch_size": 8, "epochs": 3, "learning_rate": PEFT_RATE}
 
 
@@ -114,7 +112,7 @@ def peft(setting: Setting) -> Made:
     config = PromptTuningConfig(
         task_type="CAUSAL_LM",
         prompt_tuning_init=PromptTuningInit.TEXT,
-        prompt_tuning_init_text=OURS["init_text"],
+        prompt_tuning_init_text=PEFT_TEXT,
         num_virtual_tokens=setting.tokens,
         tokenizer_name_or_path=setting.folder,
     )
