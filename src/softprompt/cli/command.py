@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -36,23 +36,25 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         with errors_as_lines(out):
             function(out, **given)
 
-    _, *parameters = inspect.signature(function).parameters.values()
-    hints = get_type_hints(function, include_extras=True)
-    own = [p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in parameters]
-    _give_signature(run, own)
+    _, *parameters = _parameters(function)
+    _give_signature(run, [p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
     return run
 
 
 def with_options(function: Callable[..., None], options: dict[str, Any]) -> None:
     """Give `function(..., **options)` one parameter for each of `options` (name -> annotation), default None."""
-    kept = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
-    hints = get_type_hints(function, include_extras=True)
-    kept = [p.replace(annotation=hints[p.name]) for p in kept]
+    kept = [p for p in _parameters(function) if p.kind != p.VAR_KEYWORD]
     more = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in options.items()
     ]
     _set_signature(function, [*kept, *more])
+
+
+def _parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
+    """Parameters with their annotations as types. Not by `get_type_hints`: before Python 3.11 it wraps an annotation
+    whose default is None into Optional, where typer does not find it."""
+    return list(inspect.signature(function, eval_str=True).parameters.values())
 
 
 def _give_signature(run: Callable[..., None], own: list[inspect.Parameter]) -> None:
