@@ -148,10 +148,14 @@ def test_log_probabilities(client, lenient):
     logs = chat.choices[0].logprobs.content
     assert len(logs) == 4 and all(each.top_logprobs[0].token == each.token for each in logs)
     assert all(each.logprob == each.top_logprobs[0].logprob <= 0 for each in logs)
-    found = client.completions.create(model="base", prompt="Review", max_tokens=4, logprobs=2, echo=False)
+    found = client.completions.create(
+        model="base", prompt="Review", max_tokens=4, temperature=0, logprobs=2, echo=False
+    )
     assert len(found.choices[0].logprobs.tokens) == len(found.choices[0].logprobs.token_logprobs) == 4
     assert found.choices[0].logprobs.text_offset[0] == 0
-    chunks = lenient.completions.create(model="base", prompt="Review", max_tokens=4, logprobs=1, stream=True)
+    chunks = lenient.completions.create(
+        model="base", prompt="Review", max_tokens=4, temperature=0, logprobs=1, stream=True
+    )
     assert sum(len(c.choices[0].logprobs.tokens) for c in chunks if c.choices[0].logprobs) == 4
 
 
