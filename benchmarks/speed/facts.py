@@ -16,9 +16,10 @@ import torch
 
 from softprompt import machine
 
+from .cases import PRECISIONS
+
 PEAK_SHAPE = (512, 576, 1536)  # rows, inputs, outputs: a layer of SmolLM2-135M over a batch of short texts
 PEAK_SHAPE_CUDA = (16384, 4096, 4096)
-PRECISIONS = ("float32", "bfloat16")
 PROBE = 0.5  # seconds for each precision
 
 

@@ -72,7 +72,7 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes], stale: Iterable
     temporary = temporary_sibling(target, "new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.mkdir(temporary)
+        os.mkdir(temporary)  # not Path.mkdir, which before Python 3.11 keeps a reference that tests cannot exchange
         if target.is_dir():
             _carry_over(target, temporary, {*files, *stale})
         for name, data in files.items():

@@ -321,7 +321,7 @@ def micro_batches(
     extra: tokens that will be added to each row. known: how many of a row's tokens from `start` on are states already,
     which take less memory and no computation: `LIGHT` of them count as one.
     """
-    sizes = [_weight(row, start, extra, known(row)) for row in rows]
+    sizes = [_counts_as(row, start, extra, known(row)) for row in rows]
     even = sum(sizes) / max(1, math.ceil(sum(sizes) / budget))  # as many as are needed, of like size
     batch: list[Row] = []
     used = 0
@@ -335,7 +335,7 @@ def micro_batches(
         yield batch
 
 
-def _weight(row: Row, start: int, extra: int, known: int) -> int:
+def _counts_as(row: Row, start: int, extra: int, known: int) -> int:
     return len(row.ids) - start + extra - known + -(-known // LIGHT)
 
 

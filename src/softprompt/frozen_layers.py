@@ -1,9 +1,10 @@
 """RMS norm, gated MLP and rotary attention of a frozen model, in fewer passes over memory.
 
-What a Llama-like model does between its matrix products is cheap to count and slow to do: a norm is seven small
-operations and thirteen more in its gradient, a rotation ten and fourteen, each a pass over the tokens. Here each of
-them is one function with its gradient written out, and linear layers that read the same input (queries, keys and
-values; gate and up) are one product, their weights being parts of one tensor, so that nothing is held twice.
+What a Llama-like model does between its matrix products is cheap to count and slow to do: left to autograd, a norm is
+13 small operations and 20 more in its gradient, a rotation 10 and 20, most of them a pass over the tokens. Here each of
+them is one function with its gradient written out, in fewer passes, and linear layers that read the same input
+(queries, keys and values; gate and up) are one product, their weights being parts of one tensor, so that nothing is
+held twice.
 
 Only modules that are known by their parts and that give the same numbers on noise are computed so; all others keep
 their own way, and so does everything outside `frozen_layers`, the plain reference above all. Weights get no gradient.
@@ -24,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from .few_rows import product
 
 NOTED = "softprompt_noted"  # the attention that is called while a module is tried
-TOKENS = 4  # of noise on which a module is tried
+POSITIONS = [0, 1, 5, 11]  # of the noise on which a module is tried
 # Of the largest number: two right computations in half precision differ by some units of their last place.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 HALF_TOLERANCE = 0.03
@@ -57,7 +58,7 @@ class Norm(torch.autograd.Function):
 class Gated(torch.autograd.Function):
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of gate and up side by side: [..., 2 I] -> [..., I].
 
-    silu(gate) is computed again in the backward pass: a hundredth of a step's time for a sixth of its memory.
+    silu(gate) is computed again in the backward pass, so I numbers a token and layer less are kept.
     """
 
     @staticmethod
@@ -180,8 +181,8 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
-def _noise(width: int, like: torch.Tensor, tokens: int = TOKENS) -> torch.Tensor:
-    noise = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(0))
+def _noise(width: int, like: torch.Tensor) -> torch.Tensor:
+    noise = torch.randn(1, len(POSITIONS), width, generator=torch.Generator().manual_seed(0))
     return noise.to(like.device, like.dtype)
 
 
@@ -247,7 +248,7 @@ def _attention(module: nn.Module, model: nn.Module) -> _Known | None:
         return out(seen.reshape(1, -1, out.in_features)), weights
 
     noise = _noise(whole.in_features, whole.weight)
-    turns = rotary(noise, torch.tensor([[0, 1, 5, 11]], device=noise.device))
+    turns = rotary(noise, torch.tensor([POSITIONS], device=noise.device))
     calls: list[tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = []
     before, config._attn_implementation = config._attn_implementation, NOTED
     _notes.append(calls)
