@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ..errors import OutputError, TrainingError
 
-FORMAT = 3  # 3: with the mean of the vectors over the last steps
+FORMAT = 4  # 4: with the vectors of the lowest loss
 
 
 @dataclass

@@ -40,6 +40,11 @@ class TuneConfig(BaseModel):
     norm_guard: float = Field(
         0.25, ge=0, description="how far a deep prompt may move from its start, in units of learning_rate; 0: anywhere"
     )
+    rescue: bool = Field(
+        True,
+        description="where the loss has risen far above its lowest, go on from the vectors that it had there, with half "
+        "of the learning rate",
+    )
     average: float = Field(
         0.25,
         ge=0,

@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from .config import TuneConfig
 from .monitor import Monitor, majority_warning, movement_warning
 from .parameters import make_optimizer, make_parameters
+from .rescue import Valley
 from .schedule import learning_rate_factor
 from .world import World
 
@@ -144,6 +145,9 @@ class Trainer:
         self.texts_done = 0
         self.seconds = 0.0
         self.mean: torch.Tensor | None = None  # of the vectors over the last `average` of the steps, once it has begun
+        self.averaged = 0  # steps in that mean
+        self.valley = Valley(min(config.batch_size, len(rows)))
+        self.rescues = 0  # how often the run went back to its lowest loss
 
     def run(self) -> str:
         """Train to the end; returns why it ended: "finished", "no better score", or "interrupted"."""
@@ -188,10 +192,13 @@ class Trainer:
         gradient = self.world.sum(found.gradient).to("cpu", torch.float32) / tokens
         if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
             self._stop_at_nonsense(loss)
+        self.valley.note(loss, self.step, self.parameters.named_parameters())
         self.optimizer.zero_grad()
         vectors.backward(gradient)
         norm = self._clip()
-        factor = learning_rate_factor(self.step, self.steps, self.warmup, self.config.schedule)
+        if self.config.rescue and self.valley.left:
+            self._go_back()
+        factor = learning_rate_factor(self.step, self.steps, self.warmup, self.config.schedule) * 0.5**self.rescues
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimizer.step()
@@ -217,9 +224,9 @@ class Trainer:
     def _average(self, current: torch.Tensor) -> None:
         """Keep the mean over the last `average` of the steps: where a step ends is by chance, their mean is steadier
         (Polyak and Juditsky 1992)."""
-        averaged = self.step - math.floor((1 - self.config.average) * self.steps)
-        if averaged > 0:
-            self.mean = current.clone() if self.mean is None else self.mean.lerp(current, 1 / averaged)
+        if self.step > math.floor((1 - self.config.average) * self.steps):
+            self.averaged += 1
+            self.mean = current.clone() if self.mean is None else self.mean.lerp(current, 1 / self.averaged)
 
     def prompt(self) -> torch.Tensor:
         """The vectors to be scored and kept at this step: the mean so far, before its first step those of training. A
@@ -240,6 +247,25 @@ class Trainer:
             for gradient in gradients:
                 gradient.mul_(self.config.clip / norm)
         return norm
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        """To where the loss was lowest, from there with half of the learning rate: this step's gradient, which is of
+        where the run has come to, moves nothing."""
+        valley = self.valley
+        self.monitor.add(
+            "warning",
+            self.step,
+            text=f"the loss rose from {valley.lowest:.2f} to {valley.mean:.2f} (means of {valley.window} steps): going "
+            f"on from the vectors of step {valley.step} with half of the learning rate",
+        )
+        for name, parameter in self.parameters.named_parameters():
+            parameter.copy_(valley.parameters[name])
+            parameter.grad = None
+        self.optimizer.state.clear()
+        valley.recent = []
+        self.mean, self.averaged = None, 0
+        self.rescues += 1
 
     def _look_after(self, vectors: torch.Tensor) -> None:
         vectors, initial = by_token(vectors), by_token(self.initial)
@@ -283,6 +309,7 @@ class Trainer:
         tensors = {f"parameters.{name}": p.detach() for name, p in self.parameters.named_parameters()}
         tensors |= {"best": self.best, "initial": self.initial, **optimizer_tensors(self.optimizer)}
         tensors |= {} if self.mean is None else {"mean": self.mean}
+        tensors |= {f"valley.{name}": kept for name, kept in self.valley.parameters.items()}
         facts = {
             "step": self.step,
             "steps": self.steps,
@@ -292,6 +319,13 @@ class Trainer:
             "best_step": self.best_step,
             "without_gain": self.without_gain,
             "seconds": self.seconds,
+            "averaged": self.averaged,
+            "rescues": self.rescues,
+            "valley": {
+                "step": self.valley.step,
+                "lowest": self.valley.lowest if math.isfinite(self.valley.lowest) else None,
+                "recent": self.valley.recent,
+            },
         }
         return Checkpoint(tensors, facts)
 
@@ -308,7 +342,13 @@ class Trainer:
         self.best_loss = math.inf if facts["best_loss"] is None else facts["best_loss"]
         self.top_score = -math.inf if facts["top_score"] is None else facts["top_score"]
         self.without_gain, self.seconds = facts["without_gain"], facts["seconds"]
-        self.mean = tensors.get("mean")
+        self.mean, self.averaged = tensors.get("mean"), facts["averaged"]
+        self.rescues, valley = facts["rescues"], facts["valley"]
+        self.valley.step, self.valley.recent = valley["step"], valley["recent"]
+        self.valley.lowest = math.inf if valley["lowest"] is None else valley["lowest"]
+        self.valley.parameters = {
+            name.removeprefix("valley."): tensor for name, tensor in tensors.items() if name.startswith("valley.")
+        }
 
 
 def _rounded(values: torch.Tensor) -> list[float]:
