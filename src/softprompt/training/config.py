@@ -42,8 +42,8 @@ class TuneConfig(BaseModel):
     )
     rescue: bool = Field(
         True,
-        description="where the loss has risen far above its lowest, go on from the vectors that it had there, with half "
-        "of the learning rate",
+        description="where the loss has risen far above its lowest, go on from the vectors that it had there, with "
+        "half of the learning rate",
     )
     average: float = Field(
         0.25,
