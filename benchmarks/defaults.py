@@ -5,7 +5,9 @@
 
 The tasks and their templates are those of recipes/compare_tasks.yaml, the base is a deep prompt behind the text. Each
 trial is a run of `softprompt.tune` on the first 300 training rows of a random order, with 100 validation rows, scored
-on 500 test rows. The axis learning_rate goes over a range of 30 times, from a fifth of the default to six times it.
+on 500 test rows; with --seeds 2 there are two runs of it, and so on. The axis learning_rate goes over a range of 30
+times, from a fifth of the default to six times it. The axis peft is PEFT's prompt tuning, with as many steps, over as
+wide a range around the 3e-2 of its guide (an absolute number; see comparison/adapted.py for what it does).
 
 RESULTS/MODEL.TASK.json is written after each trial; the same command goes on with the next one that is not there.
 Seconds are of processor time, so that programs beside it count for little.
@@ -14,24 +16,28 @@ Seconds are of processor time, so that programs beside it count for little.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from speed.facts import facts, keep
+from speed.facts import facts, keep, precision_named
 from speed.tables import read_json
 
 import softprompt as sp
 from softprompt.attention import StateCache
+from softprompt.comparison.adapted import PeftPrompt
 from softprompt.comparison.cell import load_task
 from softprompt.comparison.config import ComparisonConfig
 from softprompt.comparison.places import behind
 from softprompt.comparison.prompting import trained_numbers
+from softprompt.comparison.protocol import Job
 from softprompt.errors import SoftPromptError
-from softprompt.evaluation.runner import evaluate_prompt
+from softprompt.evaluation.runner import Report, evaluate_prompt
 from softprompt.plain_yaml import read_yaml
+from softprompt.training.loop import planned_steps
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare_tasks.yaml"
 TASKS = ("trec", "sst2", "agnews", "uit_vsfc")
@@ -39,13 +45,17 @@ BASE = {"kind": "deep", "place": "behind"}
 # What is changed, one at a time; the base's own value is left out. Cheap and telling ones first.
 AXES: dict[str, list[dict[str, Any]]] = {
     "learning_rate": [{"learning_rate": rate} for rate in (0.01, 0.3, 0.02, 0.1)],
-    "epochs": [{"epochs": count} for count in (2, 6, 12)],
+    "peft": [{"peft_learning_rate": rate} for rate in (0.006, 0.03, 0.18, 0.012, 0.06)],
+    "epochs": [{"epochs": count} for count in (2, 4, 12)],
     "tokens": [{"tokens": count} for count in (5, 10, 50)],
     "init": [{"init": name} for name in ("examples", "random", "vocabulary", "labels")],
-    "batch_size": [{"batch_size": 8, "epochs": 2}, {"batch_size": 32, "epochs": 8}],  # 300 rows: equal numbers of steps
+    "batch_size": [
+        {"batch_size": 8, "epochs": 4},
+        {"batch_size": 32, "epochs": 16},
+    ],  # 300 rows: equal steps
     "schedule": [{"schedule": "cosine"}, {"schedule": "constant"}, {"warmup": 0.05}, {"warmup": 0.15}],
     "optimizer": [{"clip": 0.0}, {"weight_decay": 0.1}, {"optimizer": "adafactor"}],
-    "seed": [{"seed": 1}, {"seed": 2}],
+    "guards": [{"norm_guard": 0.0}, {"norm_guard": 1.0}, {"average": 0.0}, {"rescue": False}],
     "place": [
         {"place": "front"},
         {"kind": "embedding"},
@@ -66,6 +76,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES), help="default: all")
     parser.add_argument("--rows", type=int, default=300, help="training rows")
     parser.add_argument("--test-rows", type=int, default=500, help="test rows")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each trial")
+    parser.add_argument("--precision", default="auto", type=precision_named, help="auto, float32 or bfloat16")
     parser.add_argument("--threads", type=int, help="default: all cores")
     return parser.parse_args(arguments)
 
@@ -77,15 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = known_tasks()
     if unknown := set(args.tasks) - set(known):
         raise SystemExit(f"there is no task {', '.join(sorted(unknown))} in {RECIPE}; it has {', '.join(known)}")
-    trials = [{"axis": "base", "change": {}}]
-    trials += [{"axis": axis, "change": change} for axis in args.axes for change in AXES[axis]]
+    changes = [("base", {}), *((axis, change) for axis in args.axes for change in AXES[axis])]
+    trials = [{"axis": axis, "change": change, "seed": seed} for seed in range(args.seeds) for axis, change in changes]
     args.out.mkdir(parents=True, exist_ok=True)
     for model in args.models:
         tasks = {name: known[name] for name in args.tasks}
         config = ComparisonConfig(
             model=model, data=args.data, tasks=tasks, train_rows=args.rows, test_rows=args.test_rows
         )
-        backbone = sp.Backbone.load(model, precision="float32")
+        backbone = sp.Backbone.load(model, precision=args.precision)
         for name in args.tasks:
             run_all(backbone, config, name, trials, args.out / f"{Path(model).name}.{name}.json")
     return 0
@@ -102,20 +114,25 @@ def run_all(
     """All trials of one task that are not in `out` yet; each is added to it."""
     model = Path(config.model[0]).name
     setting = {"task": name, "rows": config.train_rows, "test_rows": config.test_rows, "base": BASE}
+    setting["precision"] = str(backbone.dtype).removeprefix("torch.")
     made = {**facts("defaults", model, "cpu", torch.get_num_threads()), **setting, "trials": kept_trials(out, setting)}
-    done = [trial["change"] for trial in made["trials"]]
+    done = [(trial["change"], trial["seed"]) for trial in made["trials"]]
     texts = StateCache(KEPT_BYTES)
     front = load_task(config, name)
     tasks = {"front": front, "behind": front.with_template(behind(front.template))}
     for trial in trials:
-        if trial["change"] in done:
+        change, seed = trial["change"], trial["seed"]
+        if (change, seed) in done:
             continue
-        settings = {"validation_rows": VALIDATION_ROWS, **BASE, **trial["change"]}
-        result = trial | run(backbone, tasks[settings.pop("place")], settings, texts)
+        if trial["axis"] == "peft":
+            result = trial | run_peft(backbone, front, change["peft_learning_rate"], seed)
+        else:
+            settings = {"validation_rows": VALIDATION_ROWS, "seed": seed, **BASE, **change}
+            result = trial | run(backbone, tasks[settings.pop("place")], settings, texts)
         made["trials"].append(result)
         keep(made, str(out))
         told = result.get("error") or f"{result['score']:.3f}, loss {result['loss']:.3f}"
-        print(f"{model} {name} {trial['change'] or 'base'}: {told}, {result['cpu_seconds']:.0f} s", flush=True)
+        print(f"{model} {name} {change or 'base'}, seed {seed}: {told}, {result['cpu_seconds']:.0f} s", flush=True)
 
 
 def kept_trials(out: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
@@ -140,16 +157,41 @@ def run(backbone: sp.Backbone, task: sp.Task, settings: dict[str, Any], texts: S
         raise SystemExit("interrupted; finished trials are kept, the same command goes on")
     seconds = time.process_time() - begun
     report = evaluate_prompt(backbone, task.test, tuned.prompt.vectors, texts=texts)
-    low, high = report.interval
-    return {
-        "score": report.accuracy,
-        "low": low,
-        "high": high,
-        "loss": report.loss,
+    return scored(report) | {
         "validation": tuned.validation.accuracy if tuned.validation else None,
+        "steps": tuned.steps,
         "trained_parameters": trained_numbers(tuned.prompt, sp.TuneConfig().sink),
         "cpu_seconds": round(seconds, 1),
     }
+
+
+def run_peft(backbone: sp.Backbone, task: sp.Task, rate: float, seed: int) -> dict[str, Any]:
+    """The same by PEFT's prompt tuning, with as many steps as the base has."""
+    begun = time.process_time()
+    steps = planned_steps(sp.TuneConfig(kind="deep"), len(task.train))
+    budget = {"epochs": None, "steps": steps, "batch_size": sp.TuneConfig().batch_size, "max_tokens": None}
+    job = Job(backbone, task, seed, budget | {"validation_rows": VALIDATION_ROWS})
+    method = PeftPrompt()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trained = method.fit(job, rate, Path(folder))
+        except SoftPromptError as error:
+            return {"error": str(error), "cpu_seconds": time.process_time() - begun}
+        seconds = time.process_time() - begun
+        opened = method.open(job, Path(folder))
+        report = opened.score(task.test)
+        opened.close()
+    return scored(report) | {
+        "validation": trained.validation.score if trained.validation else None,
+        "steps": steps,
+        "trained_parameters": trained.parameters,
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def scored(report: Report) -> dict[str, Any]:
+    low, high = report.interval
+    return {"score": report.accuracy, "low": low, "high": high, "loss": report.loss}
 
 
 if __name__ == "__main__":

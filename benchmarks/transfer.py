@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from defaults import KEPT_BYTES, RECIPE, kept_trials, known_tasks, run
-from speed.facts import facts, keep
+from speed.facts import facts, keep, precision_named
 
 import softprompt as sp
 from softprompt.attention import StateCache
@@ -45,6 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 100, 1000], help="training rows of the target")
     parser.add_argument("--seeds", type=int, default=2, help="draws of the target's rows")
     parser.add_argument("--test-rows", type=int, default=500)
+    parser.add_argument("--precision", default="auto", type=precision_named, help="auto, float32 or bfloat16")
     parser.add_argument("--threads", type=int, help="default: all cores")
     return parser.parse_args(arguments)
 
@@ -53,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    setting = {key: getattr(args, key) for key in ("model", "source", "source_rows", "target", "test_rows")}
+    setting = {key: getattr(args, key) for key in ("model", "precision", "source", "source_rows", "target", "test_rows")}
     trials = kept_trials(args.out, setting)
     made = {**facts("transfer", args.model, "cpu", torch.get_num_threads()), **setting, "trials": trials}
     task = load(args, args.target, max(args.rows))
     if max(args.rows) > len(task.train):
         raise SystemExit(f"{args.target} has {len(task.train)} training rows, {max(args.rows)} were asked for")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    backbone = sp.Backbone.load(args.model, precision="float32")
+    backbone = sp.Backbone.load(args.model, precision=args.precision)
     source, texts = source_prompt(backbone, args), StateCache(KEPT_BYTES)
     done = [{key: trial[key] for key in ("rows", "start", "seed")} for trial in trials]
     for trial in plan(args.rows, args.seeds):

@@ -56,26 +56,48 @@ def test_trials_change_one_setting_of_the_base_and_are_not_run_twice(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, out = str(make_model(tmp_path)), tmp_path / "found"
-    told = ["--data", str(data), "--out", str(out), "--models", model, "--tasks", "sst2", "--axes", "init", "place"]
+    told = [
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--models",
+        model,
+        "--tasks",
+        "sst2",
+        "--axes",
+        "init",
+        "place",
+        "peft",
+    ]
     monkeypatch.setattr(
-        defaults, "AXES", {"init": [{"init": "random"}], "place": [{"tokens": 900}, {"place": "front"}]}
+        defaults,
+        "AXES",
+        {
+            "init": [{"init": "random"}],
+            "place": [{"tokens": 900}, {"place": "front"}],
+            "peft": [{"peft_learning_rate": 0.03}],
+        },
     )
     defaults.main([*told, "--rows", "20", "--test-rows", "12"])
     (file,) = out.iterdir()
     found = json.loads(file.read_text())
     assert [trial["change"] for trial in found["trials"]] == [
-        {}, {"init": "random"}, {"tokens": 900}, {"place": "front"}
+        {}, {"init": "random"}, {"tokens": 900}, {"place": "front"}, {"peft_learning_rate": 0.03}
     ]  # fmt: skip
-    base, random, too_long, front = found["trials"]
+    base, random, too_long, front, peft = found["trials"]
     assert "900 soft tokens" in too_long["error"]
     assert base["trained_parameters"] == random["trained_parameters"]
     assert front["trained_parameters"] == base["trained_parameters"] * 19 // 20  # the sink stays where it is
     assert base["loss"] != random["loss"] != front["loss"]
-    assert all(0 <= trial["low"] <= trial["score"] <= trial["high"] <= 1 for trial in (base, random, front))
+    assert peft["steps"] == base["steps"] and peft["loss"] != base["loss"]
+    assert all(0 <= trial["low"] <= trial["score"] <= trial["high"] <= 1 for trial in (base, random, front, peft))
 
     capsys.readouterr()
     defaults.main([*told, "--rows", "20", "--test-rows", "12"])
     assert capsys.readouterr().out == "" and json.loads(file.read_text())["trials"] == found["trials"]
+    defaults.main([*told[:-1], "--seeds", "2", "--rows", "20", "--test-rows", "12"])
+    assert [trial["seed"] for trial in json.loads(file.read_text())["trials"]] == [0] * 5 + [1] * 4
     with pytest.raises(SystemExit, match="another rows"):
         defaults.main([*told, "--rows", "10", "--test-rows", "12"])
     with pytest.raises(SystemExit, match="no task nothing"):

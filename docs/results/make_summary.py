@@ -134,24 +134,35 @@ def _points(differences: Sequence[float]) -> str:
 
 
 def defaults_table(found: Sequence[Line]) -> list[str]:
-    """Scores of the documents of benchmarks/defaults.py, a table an axis: a row a task and model, a column a value."""
+    """Scores of the documents of benchmarks/defaults.py, a table an axis: a row a task and model, a column a value, the
+    means over the seeds that all columns have."""
     made: list[str] = []
     for axis in dict.fromkeys(t["axis"] for run in found for t in run["trials"] if t["axis"] != "base"):
         changes = [t["change"] for run in found for t in run["trials"] if t["axis"] == axis]
-        columns = {"default": {}, **{_told(change): change for change in changes}}
+        columns = {_told(change): change for change in changes}
+        if axis == "peft":  # another method: the base is no value of this axis
+            columns = dict(sorted(columns.items(), key=lambda pair: float(pair[1]["peft_learning_rate"])))
+        else:
+            columns = {"default": {}, **columns}
         shipped = getattr(TuneConfig(), axis, None)
         if isinstance(shipped, float):
             columns = dict(sorted(columns.items(), key=lambda pair: pair[1].get(axis, shipped)))
-        made += ["", f"| task, model, training rows | {' | '.join(columns)} | best less worst |"]
-        made += ["|---" * (len(columns) + 2) + "|"]
+        made += ["", f"| task, model, training rows | {' | '.join(columns)} | best less worst | seeds |"]
+        made += ["|---" * (len(columns) + 3) + "|"]
         for run in found:
-            by_change = {json.dumps(t["change"]): t for t in run["trials"]}
-            given = [by_change.get(json.dumps(change), {}) for change in columns.values()]
-            scores = [trial["score"] for trial in given if "score" in trial]
-            shown = [f"{100 * t['score']:.1f}" if "score" in t else t.get("error", "")[:40] for t in given]
-            spread = f"{100 * (max(scores) - min(scores)):.1f}" if scores else ""
+            given = [[t for t in run["trials"] if t["change"] == change] for change in columns.values()]
+            if not any(given[1:]):
+                continue
+            ran = [{t["seed"] for t in trials if "score" in t} for trials in given]
+            seeds = set.intersection(*(some for some in ran if some)) if any(ran) else set()
+            scores = [[t["score"] for t in trials if "score" in t and t["seed"] in seeds] for trials in given]
+            means = [100 * sum(some) / len(some) if some else None for some in scores]
+            failed = [trials[0].get("error", "")[:40] if trials else "" for trials in given]
+            shown = [f"{mean:.1f}" if mean is not None else why for mean, why in zip(means, failed, strict=True)]
+            known = [mean for mean in means if mean is not None]
+            spread = f"{max(known) - min(known):.1f}" if known else ""
             where = f"{run['task']}, {run['model']}, {run['rows']}"
-            made.append(f"| {where} | {' | '.join(shown)} | {spread} |")
+            made.append(f"| {where} | {' | '.join(shown)} | {spread} | {len(seeds)} |")
     return made[1:]
 
 

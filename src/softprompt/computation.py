@@ -167,10 +167,10 @@ def text_ends(rows: Sequence[Row], start: int, cache: StateCache | None = None) 
 def text_states(
     backbone: Backbone, rows: Sequence[Row], start: int, shared: States, cache: StateCache | None = None
 ) -> tuple[States | None, list[int]]:
-    """States of each row's own text from `start` to its first soft token, and where each row goes on.
+    """States of each row from its beginning to its first soft token, and where each row goes on.
 
-    Such text is the same at every step: rows that `keep_texts` has put into `cache` are not computed again. Returns
-    (None, starts) if no row has any such text.
+    shared: those of ids[:start], the same in all rows. The text behind them is the same at every step: rows that
+    `keep_texts` has put into `cache` are not computed again. Returns (None, starts) if no row has any such text.
     """
     ends = text_ends(rows, start, cache)
     if all(end == start for end in ends):
@@ -181,7 +181,7 @@ def text_states(
         fresh = _compute_texts(backbone, [rows[i] for i in missing], start, [ends[i] for i in missing], shared)
         for i, states in zip(missing, fresh, strict=True):
             kept[i] = states
-    return _pad(kept, backbone), ends
+    return _pad(shared, kept, backbone), ends
 
 
 def before_rows(
@@ -198,7 +198,7 @@ def before_rows(
     prompt that stands behind that text. Raises TemplateError where nothing is left to answer from.
     """
     past, starts = text_states(backbone, rows, start, shared, cache)
-    before = [shared, past] if past is not None else [shared]
+    before = [shared if past is None else past]
     if vectors is not None and is_deep(vectors) and any(id < 0 for id in rows[0].ids[start:]):
         assert all(row.ids[begin] == -1 for row, begin in zip(rows, starts, strict=True)), "one place for a deep prompt"
         offsets = torch.tensor(starts, device=backbone.device)
@@ -299,18 +299,25 @@ def _in_order(indices: Sequence[int], sizes: Sequence[int], budget: int) -> Iter
         yield batch
 
 
-def _pad(states: Sequence[States | None], backbone: Backbone) -> States:
-    """Rows of states [1, K, C_r, D] as one padded [R, K, C, D] with its lengths."""
-    lengths = [s.size if s else 0 for s in states]
+def _pad(shared: States, states: Sequence[States | None], backbone: Backbone) -> States:
+    """Rows of states [1, K, C_r, D], each behind the shared ones, as one padded [R, K, S + C, D] with its lengths.
+
+    A copy of what is shared for every row costs less than a piece of its own in each product of attention.
+    """
+    assert not any(key.requires_grad for key in shared.keys), "no soft token stands before such texts"
+    front = shared.size
+    lengths = [front + s.size if s else front for s in states]
     some = next(s for s in states if s)
     sample = some.keys[0]
     # Only what is padding is filled with zeros: these are tens of megabytes at every step.
     packed = sample.new_empty(2 * len(some.keys), len(states), sample.shape[1], max(lengths), sample.shape[3])
+    for place, layer in enumerate([*shared.keys, *shared.values] if front else []):
+        packed[place, :, :, :front] = layer
     for r, row in enumerate(states):
         packed[:, r, :, lengths[r] :] = 0
         if row is not None:
             one = torch.stack([*row.keys, *row.values]) if row.packed is None else row.packed
-            packed[:, r, :, : lengths[r]] = one[:, 0]
+            packed[:, r, :, front : lengths[r]] = one[:, 0]
     return States.of_packed(packed, torch.tensor(lengths, device=backbone.device))
 
 
