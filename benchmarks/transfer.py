@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    setting = {key: getattr(args, key) for key in ("model", "precision", "source", "source_rows", "target", "test_rows")}
+    setting = {
+        key: getattr(args, key) for key in ("model", "precision", "source", "source_rows", "target", "test_rows")
+    }
     trials = kept_trials(args.out, setting)
     made = {**facts("transfer", args.model, "cpu", torch.get_num_threads()), **setting, "trials": trials}
     task = load(args, args.target, max(args.rows))

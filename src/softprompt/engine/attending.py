@@ -48,6 +48,9 @@ class Single:
     def attend(self, query: torch.Tensor, layer: int, window: int | None, softcap: float | None) -> torch.Tensor:
         """Scaled queries of the whole line [heads, N, D] -> [R, heads, D]."""
         keys, values = self._read(self.pool.keys[layer]), self._read(self.pool.values[layer])  # [R, K, used, D]
+        if keys.dtype == torch.bfloat16 and keys.device.type == "cpu":
+            # There a product with a transposed view copies it number by number, in three to four times as long.
+            keys = keys.contiguous()
         rows, heads, size = len(self.rows), query.shape[0], query.shape[-1]
         q = query[:, self.begin : self.end].transpose(0, 1).reshape(rows, keys.shape[1], -1, size)  # [R, K, G, D]
         scores = _capped(q @ keys.transpose(2, 3), softcap)  # [R, K, G, used]
