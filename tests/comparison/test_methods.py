@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from softprompt.comparison.prompting import shots_that_fit
 from softprompt.comparison.protocol import Job
 from softprompt.evaluation.runner import evaluate_prompt
 from softprompt.templates import Template
+from softprompt.training.config import TuneConfig
+from softprompt.training.loop import planned_steps
 
 ALL = list(METHODS)
 
@@ -91,6 +94,20 @@ def test_training_lowers_the_training_loss(name: str, backbone: Backbone, tmp_pa
     opened.close()
     assert after < 0.9 * before
     assert evaluate_prompt(backbone, job.task.train, None).loss == pytest.approx(before)
+
+
+def test_a_prompt_has_by_default_as_many_steps_as_tune_gives_it(backbone: Backbone, tmp_path: Path) -> None:
+    config = make_config(tmp_path, methods=["deep"], steps=3, settings={"deep": {"epochs": None}})
+    result = run_cell(config, the_cell(config, "deep"), tmp_path / "work", backbone=backbone)
+    shipped = TuneConfig(kind="deep", batch_size=config.budget("reviews")["batch_size"])
+    assert result["steps"] == planned_steps(shipped, result["train_rows"]) > 3
+
+
+def test_warnings_of_a_run_are_told(backbone: Backbone, tmp_path: Path) -> None:
+    told: list[str] = []
+    job = replace(make_job(tmp_path, backbone, "prompt", steps=5), tell=told.append)
+    make_method("prompt").fit(job, 1e-9, tmp_path)
+    assert any(text.startswith("step ") and "hardly moved" in text for text in told)
 
 
 def test_lora_is_scored_as_peft_itself_computes_it(backbone: Backbone, tmp_path: Path) -> None:

@@ -104,7 +104,12 @@ class Soft:
             given["learning_rate"] = learning_rate
         config = job.tune_config(**given)
         clock = TextClock()
-        result = tune(job.backbone, self._task(job), config, listen=clock)
+
+        def warn(event: dict[str, Any]) -> None:
+            if event["event"] == "warning":
+                job.tell(f"step {event['step']}: {event['text']}")
+
+        result = tune(job.backbone, self._task(job), config, listen=(clock, warn))
         if result.reason == "interrupted":
             raise KeyboardInterrupt
         prompt = result.prompt
