@@ -14,7 +14,6 @@ plots.py draws it.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 from speed.cases import DATA, KINDS, read_fields
 from speed.compare import alone, take_steps
 from speed.curve_sides import Job, behind, in_front, peft, sweeps
-from speed.facts import facts, finish, precision_named
+from speed.facts import as_program, facts, finish, precision_named
 from speed.sides import Setting
 from speed.suffix_sides import BEHIND, FRONT
 
@@ -143,4 +142,4 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

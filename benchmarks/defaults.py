@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed.facts import facts, keep, precision_named
+from speed.facts import as_program, facts, keep, precision_named
 from speed.tables import read_json
 
 import softprompt as sp
@@ -195,4 +195,4 @@ def scored(report: Report) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    as_program(main)

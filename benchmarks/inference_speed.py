@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 from speed.cases import KINDS, read_fields
 from speed.compare import Steps, alone, ratio, take_steps
-from speed.facts import facts, finish, precision_named
+from speed.facts import as_program, facts, finish, precision_named
 from speed.inference_sides import EVALUATION, GENERATION, Maker
 from speed.sides import Setting
 
@@ -164,4 +163,4 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed.facts import facts, finish, keep
+from speed.facts import as_program, facts, finish, keep
 from speed.serve_load import under_load
 from speed.serve_tables import lines
 from speed.tables import put, read_json
@@ -401,4 +401,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

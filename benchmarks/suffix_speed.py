@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from speed.cases import DATA, KINDS, Data, read_fields
 from speed.compare import TOLERANCE, alone
-from speed.facts import facts, finish, precision_named
+from speed.facts import as_program, facts, finish, precision_named
 from speed.goal import GOAL, goal_figures
 from speed.process import Taken
 from speed.sides import Setting
@@ -149,4 +148,4 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

@@ -34,14 +34,13 @@ JSON object.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from speed.cases import BATCH, Case, chosen, encode, in_batches, needed_tokens, own_tokens, read_fields
 from speed.compare import TOLERANCE, check_same, figures, ratio, take_steps
-from speed.facts import body_parameters, facts, finish, matrix_peak
+from speed.facts import as_program, body_parameters, facts, finish, matrix_peak
 from speed.sides import SAME, SIDES, Setting, right_padded
 
 from softprompt import machine, weights
@@ -157,4 +156,4 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_program(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from defaults import KEPT_BYTES, RECIPE, kept_trials, known_tasks, run
-from speed.facts import facts, keep, precision_named
+from speed.facts import as_program, facts, keep, precision_named
 
 import softprompt as sp
 from softprompt.attention import StateCache
@@ -121,4 +121,4 @@ def one(backbone: sp.Backbone, task: sp.Task, trial: dict[str, Any], source: Pat
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    as_program(main)

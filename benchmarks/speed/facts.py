@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from softprompt import machine
+from softprompt.errors import SoftPromptError
 
 from .cases import PRECISIONS
 
@@ -37,6 +40,14 @@ def facts(benchmark: str, model: str, device: str, threads: int) -> dict[str, An
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
+
+
+def as_program(main: Callable[[], int | None]) -> None:
+    """Run a benchmark and end with its status; what a user can mend is one line, not a traceback."""
+    try:
+        sys.exit(main())
+    except SoftPromptError as error:
+        sys.exit(f"error: {error}")
 
 
 def precision_named(given: str) -> str:

@@ -28,6 +28,7 @@ def backbone():
 def test_the_loss_falls_and_only_the_prompt_changed(backbone, input):
     before = {name: p.clone() for name, p in backbone.model.named_parameters()}
     result = sp.tune(backbone, make_task(input=input), **{**DEEP, "steps": 80})
+    assert ("keys turned away" in result.history[0]["init"]) is (input == BEHIND)
     losses = [e["loss"] for e in result.history if e["event"] == "step"]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())

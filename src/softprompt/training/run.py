@@ -228,7 +228,9 @@ def _initial(
     )
     if config.kind == "deep":
         vectors, said = deep_from_tokens(backbone, vectors), f"keys and values that the model gives {said}"
-        vectors = vectors if config.init.startswith("prompt:") else quiet(backbone, rows, vectors)
+        if not config.init.startswith("prompt:"):
+            loud, vectors = vectors, quiet(backbone, rows, vectors)
+            said += "" if vectors is loud else ", keys turned away from what the template's tail asks"
     return best_start(backbone, task, library, vectors, config.max_tokens) if library else (vectors, said)
 
 
