@@ -192,11 +192,12 @@ class Trainer:
         gradient = self.world.sum(found.gradient).to("cpu", torch.float32) / tokens
         if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
             self._stop_at_nonsense(loss)
-        self.valley.note(loss, self.step, self.parameters.named_parameters())
+        if self.config.rescue:
+            self.valley.note(loss, self.step, self.parameters.named_parameters())
         self.optimizer.zero_grad()
         vectors.backward(gradient)
         norm = self._clip()
-        if self.config.rescue and self.valley.left:
+        if self.valley.left:
             self._go_back()
         factor = learning_rate_factor(self.step, self.steps, self.warmup, self.config.schedule) * 0.5**self.rescues
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
