@@ -119,6 +119,7 @@ def run_all(
     done = [(trial["change"], trial["seed"]) for trial in made["trials"]]
     texts = StateCache(KEPT_BYTES)
     front = load_task(config, name)
+    made["training_rows"] = len(front.train)  # a task may have fewer than were asked for
     tasks = {"front": front, "behind": front.with_template(behind(front.template))}
     for trial in trials:
         change, seed = trial["change"], trial["seed"]

@@ -3,9 +3,9 @@
     python recipes/train_flat.py --model smollm2-135m --train reviews.csv --labels negative positive \\
         --input "{soft}Review: {text}\\nSentiment:" --target " {label}" --out prompts/sentiment
 
-`softprompt.tune` does the same with a run folder, checkpoints, warnings and a report around it; that both give the same
-losses and the same vectors, bit for bit, is tested (tests/test_train_flat.py). Read this one, use that one. What makes
-it fast is not here but in `loss_and_gradient` (src/softprompt/computation.py).
+`softprompt.tune` does the same with a run folder, checkpoints, warnings, a way back for a run that gets lost, and a
+report around it; that both give the same losses and vectors, bit for bit, is tested (tests/test_train_flat.py).
+Read this one, use that one. What makes it fast is not here but in `loss_and_gradient` (src/softprompt/computation.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def train(
     learning_rate: float = 0.05,  # in units of the embedding table's RMS
     warmup: float = 0.05,  # share of the steps in which the learning rate rises
     clip: float = 1.0,  # largest gradient norm, for vectors measured in that unit
-    epochs: float | None = None,  # 2, or up to 6 for 200 steps, and at least 30 steps
+    epochs: float | None = None,  # 2, or up to 6 for 250 steps, and at least 100 steps
     batch_size: int = 16,
     micro_batch_tokens: int = 1024,  # bounds the memory, changes no result
     validation_rows: int = 500,
@@ -47,7 +47,7 @@ def train(
     rows = [encoder.row(fields)[0] for fields in task.train]
     batch_size = min(batch_size, len(rows))
     once = len(rows) / batch_size
-    steps = max(1, round(epochs * once)) if epochs else max(30, round(2 * once), min(200, round(6 * once)))
+    steps = max(1, round(epochs * once)) if epochs else max(100, round(2 * once), min(250, round(6 * once)))
     validation = task.validation.take(validation_rows, seed=0)
 
     # The vectors are all that is learned. Adam moves every number by about its learning rate at each step, whatever the

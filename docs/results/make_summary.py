@@ -161,7 +161,7 @@ def defaults_table(found: Sequence[Line]) -> list[str]:
             shown = [f"{mean:.1f}" if mean is not None else why for mean, why in zip(means, failed, strict=True)]
             known = [mean for mean in means if mean is not None]
             spread = f"{max(known) - min(known):.1f}" if known else ""
-            where = f"{run['task']}, {run['model']}, {run['rows']}"
+            where = f"{run['task']}, {run['model']}, {run.get('training_rows', run['rows'])}"
             made.append(f"| {where} | {' | '.join(shown)} | {spread} | {len(seeds)} |")
     return made[1:]
 

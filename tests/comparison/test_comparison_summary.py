@@ -137,11 +137,16 @@ def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: py
     kept = tmp_path / "kept"
     assert make_summary.main(["--keep", *nights], kept, page) == 0 and page.read_text() == text
     assert make_summary.main([], kept, page) == 0 and page.read_text() == text
-    trials = [{"axis": "base", "change": {}, "score": 0.9}]
-    trials += [
-        {"axis": "learning_rate", "change": {"learning_rate": r}, "score": s} for r, s in [(0.3, 0.8), (0.01, 0.85)]
-    ]
-    trials += [{"axis": "tokens", "change": {"tokens": 900}, "error": "too long"}]
+    scores = [
+        ("base", {}, 0, 0.9),
+        ("base", {}, 1, 0.8),
+        ("base", {}, 2, 0.1),
+    ]  # the third seed has not come to the end
+    for rate, of_seeds in {0.3: (0.8, 0.7), 0.01: (0.85, 0.65)}.items():
+        scores += [("learning_rate", {"learning_rate": rate}, seed, s) for seed, s in enumerate(of_seeds)]
+    scores += [("peft", {"peft_learning_rate": rate}, 0, s) for rate, s in [(0.1, 0.6), (0.02, 0.5)]]
+    trials = [dict(zip(("axis", "change", "seed", "score"), each, strict=True)) for each in scores]
+    trials += [{"axis": "tokens", "change": {"tokens": 900}, "seed": 0, "error": "too long"}]
     (kept / "defaults").mkdir()
     facts = {"task": "trec", "model": "tiny", "rows": 2000, "trials": trials}
     (kept / "defaults" / "tiny.trec.json").write_text(json.dumps(facts))
@@ -153,11 +158,13 @@ def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: py
     assert "| 0 |  | 80.0 | 1 |\n| 32 | 60.0 | 80.0 | 2 |\n" in page.read_text()
     table = page.read_text().partition("<!-- defaults -->\n")[2]
     assert table.startswith(
-        "| task, model, training rows | learning_rate 0.01 | default | learning_rate 0.3 | best less worst |\n"
-        "|---|---|---|---|---|\n"
-        "| trec, tiny, 2000 | 85.0 | 90.0 | 80.0 | 10.0 |\n\n"
+        "| task, model, training rows | learning_rate 0.01 | default | learning_rate 0.3 | best less worst | seeds |\n"
+        "|---|---|---|---|---|---|\n"
+        "| trec, tiny, 2000 | 75.0 | 85.0 | 75.0 | 10.0 | 2 |\n\n"
     )
-    assert "| trec, tiny, 2000 | 90.0 | too long | 0.0 |\n<!--" in table
+    assert "| peft_learning_rate 0.02 | peft_learning_rate 0.1 |" in table
+    assert "| trec, tiny, 2000 | 50.0 | 60.0 | 10.0 | 1 |\n" in table
+    assert "| trec, tiny, 2000 | 60.0 | too long | 0.0 | 3 |\n<!--" in table
 
 
 def test_nothing_finished_still_gives_files(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class TuneConfig(BaseModel):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over the training rows; default: 2, or up to 6 (deep: 8) for 250 steps; 30 steps at least",
+        description="passes over the training rows; default: 2, or up to 6 (deep: 8) for 250 steps; 100 steps at least",
     )
     steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     batch_size: int = Field(16, ge=1, description="examples an optimiser step")

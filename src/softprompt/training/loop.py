@@ -33,7 +33,7 @@ NO_GAIN = "no better score"
 # By default: two passes, but not fewer steps than LEAST (two passes of 26 rows are 3 steps, which teach nothing), and
 # up to MOST_EPOCHS where that makes no more than ENOUGH: 500 rows twice are 62 steps, and three to four times as many
 # teach far more (docs/log.md).
-EPOCHS, LEAST, ENOUGH = 2.0, 30, 250
+EPOCHS, LEAST, ENOUGH = 2.0, 100, 250
 MOST_EPOCHS = {"embedding": 6.0, "deep": 8.0}
 # A deep prompt that starts fast is lost for many steps; one that starts slowly bears twice the learning rate.
 WARMUP = {"embedding": 0.05, "deep": 0.3}
