@@ -20,6 +20,7 @@ from ..attention import _KNOWN, UnsupportedAttentionError, one_at_a_time
 from ..backbone import Backbone
 from ..few_rows import few_rows_at_once
 from ..frozen_layers import frozen_layers
+from ..line_attention import transposed
 from .slots import Pool, Slot
 
 NAME = "softprompt_slots"
@@ -48,12 +49,9 @@ class Single:
     def attend(self, query: torch.Tensor, layer: int, window: int | None, softcap: float | None) -> torch.Tensor:
         """Scaled queries of the whole line [heads, N, D] -> [R, heads, D]."""
         keys, values = self._read(self.pool.keys[layer]), self._read(self.pool.values[layer])  # [R, K, used, D]
-        if keys.dtype == torch.bfloat16 and keys.device.type == "cpu":
-            # There a product with a transposed view copies it number by number, in three to four times as long.
-            keys = keys.contiguous()
         rows, heads, size = len(self.rows), query.shape[0], query.shape[-1]
         q = query[:, self.begin : self.end].transpose(0, 1).reshape(rows, keys.shape[1], -1, size)  # [R, K, G, D]
-        scores = _capped(q @ keys.transpose(2, 3), softcap)  # [R, K, G, used]
+        scores = _capped(q @ transposed(keys), softcap)  # [R, K, G, used]
         scores += self.bias(window, scores.dtype)
         return (_softmax(scores) @ values).reshape(rows, heads, size)
 
@@ -94,7 +92,7 @@ class Several:
         values = self.slot.pool.values[layer][self.slot.row, :, : self.used]
         kv_heads, size, count = keys.shape[0], query.shape[-1], self.end - self.begin
         q = query[:, self.begin : self.end].reshape(kv_heads, -1, size)  # [K, G * T, D]
-        scores = _capped(q @ keys.transpose(1, 2), softcap)
+        scores = _capped(q @ transposed(keys), softcap)
         scores.view(kv_heads, -1, count, self.used).add_(self.bias(window, scores.dtype))
         seen = (_softmax(scores) @ values).view(-1, count, size)  # [heads, T, D]
         return seen.transpose(0, 1)

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from ..attention import Pass
+from ..attention import Pass, States
 from ..backbone import Backbone
 from ..computation import contexts_hidden, is_deep, micro_batches, plain_deep_prefill, shared_states
-from ..engine.attending import Single, hidden_states
-from ..engine.slots import Pool, Slot
 from ..errors import ConfigError
 from ..placement import Row, embed_with_soft, shared_length
 
@@ -87,7 +85,7 @@ def generate_tokens(
     rows = [Row(tuple(ids), len(ids)) for ids in contexts]
     start = shared_length(rows) if start is None else start
     places = {id(row): index for index, row in enumerate(rows)}
-    for batch in micro_batches(rows, start, micro_batch_tokens, extra=start + sampling.max_new_tokens):
+    for batch in micro_batches(rows, start, micro_batch_tokens, extra=sampling.max_new_tokens):
         opened = [_Open.start(places[id(row)], row.ids, sampling.seed) for row in batch]
         yield from _generate_batch(backbone, batch, opened, start, vectors, sampling, frozenset(ends))
 
@@ -111,69 +109,71 @@ def _generate_batch(
 ) -> Iterator[tuple[int, int]]:
     with torch.no_grad():
         shared = shared_states(backbone, batch[0].ids[:start], vectors, backbone.states)
-        hidden, _, rows, _ = contexts_hidden(backbone, batch, start, shared, vectors, record=True)
+        hidden, _, rows, starts = contexts_hidden(backbone, batch, start, shared, vectors, record=True)
         logits = backbone.head(hidden)
-        pool = _filled(rows, sampling.max_new_tokens)
+        slots = _Slots(rows, starts, sampling.max_new_tokens)
     while opened:
-        ended = []
-        for number, (row, token) in enumerate(zip(opened, _choose_each(logits, sampling, opened), strict=True)):
+        going = []
+        for slot, (row, token) in enumerate(zip(opened, _choose_each(logits, sampling, opened), strict=True)):
             if token in ends:
-                ended.append(number)
                 continue
             row.tokens.append(token)
             stopped = yield row.index, token
-            full = len(row.ids) + len(row.tokens) >= backbone.context_length
-            if stopped or full or len(row.tokens) >= sampling.max_new_tokens:
-                ended.append(number)
-        for number in reversed(ended):  # the last row takes the place of one that has ended, as its slot does
-            pool.remove(pool.slots[number])
-            opened[number] = opened[-1]
-            opened.pop()
+            room = len(row.ids) + len(row.tokens) < backbone.context_length
+            if not stopped and room and len(row.tokens) < sampling.max_new_tokens:
+                going.append(slot)
+        opened = [opened[slot] for slot in going]
         if opened:
-            logits = _next_logits(backbone, opened, pool)
+            slots.keep(going)
+            logits = _next_logits(backbone, opened, slots)
 
 
 @torch.no_grad()
-def _next_logits(backbone: Backbone, opened: list[_Open], pool: Pool) -> torch.Tensor:
+def _next_logits(backbone: Backbone, opened: list[_Open], slots: _Slots) -> torch.Tensor:
     """One more token for each row: [R, V]."""
     ids = torch.tensor([row.tokens[-1] for row in opened], device=backbone.device)
-    rows = Single(pool, pool.slots, 0)
-    hidden = hidden_states(backbone, backbone.embed(ids), rows.places, [rows])
-    for slot in pool.slots:
-        slot.length += 1
+    rows = Pass([1] * len(opened), slots.states(), record=True, device=backbone.device)
+    hidden = backbone.hidden(backbone.embed(ids), slots.starts + slots.lengths, rows)
+    slots.append(rows)
     return backbone.head(hidden)
 
 
-def _filled(rows: Pass, room: int) -> Pool:
-    """The slots of the rows of a pass: all that stands before each, its own tokens, and `room` for more.
+class _Slots:
+    """Keys and values of each row's own tokens, [R, K, C, D] a layer, with room for the tokens to come.
 
-    What all rows share is copied for each of them: it is read in one product with the rest, which takes less time than
-    several, however little each of those has to read.
+    before: what stands before them. starts, lengths: [R], position of each row's first own token, and how many it has.
     """
-    own = rows.states()
-    pieces, count = [*rows.before, own], len(rows.lengths)
-    sizes = [
-        torch.full((count,), piece.size, device=rows.device) if piece.lengths is None else piece.lengths
-        for piece in pieces
-    ]
-    ends = [int(end) for end in torch.stack(sizes).sum(dim=0)]
-    capacity = max(ends) + room
-    keys, values = (
-        [like.new_zeros(count, like.shape[1], capacity, like.shape[3]) for like in kind]
-        for kind in (own.keys, own.values)
-    )
-    begins = torch.zeros(count, dtype=torch.long, device=rows.device)
-    for piece, size in zip(pieces, sizes, strict=True):
-        row = torch.arange(count, device=rows.device).repeat_interleave(size)
-        place = torch.arange(len(row), device=rows.device) - (size.cumsum(0) - size)[row]
-        source = row if not piece.shared else torch.zeros_like(row)
-        for kind, given in ((keys, piece.keys), (values, piece.values)):
-            for layer, states in enumerate(given):
-                kind[layer][row, :, begins[row] + place] = states[source, :, place]
-        begins = begins + size
-    pool = Pool(capacity, keys, values)
-    pool.slots = [Slot(pool, row, end) for row, end in enumerate(ends)]
-    return pool
+
+    def __init__(self, first: Pass, starts: Sequence[int], room: int):
+        self.before = list(first.before)
+        states = first.states()
+        shape = states.keys[0].shape
+        more = (shape[0], shape[1], room, shape[3])
+        self.keys = [torch.cat([k, k.new_zeros(more)], dim=2) for k in states.keys]
+        self.values = [torch.cat([v, v.new_zeros(more)], dim=2) for v in states.values]
+        self.lengths = torch.tensor(list(first.lengths), device=first.device)
+        self.starts = torch.tensor(list(starts), device=first.device)
+
+    def states(self) -> list[States]:
+        used = int(self.lengths.max())
+        own = States([k[:, :, :used] for k in self.keys], [v[:, :, :used] for v in self.values], self.lengths)
+        return [*self.before, own]
+
+    def append(self, rows: Pass) -> None:
+        places = torch.arange(len(self.lengths), device=self.lengths.device)
+        for layer, (key, value) in rows.recorded.items():  # [1, K, R, D] each
+            self.keys[layer][places, :, self.lengths] = key[0].transpose(0, 1)
+            self.values[layer][places, :, self.lengths] = value[0].transpose(0, 1)
+        self.lengths = self.lengths + 1
+
+    def keep(self, going: list[int]) -> None:
+        """Drop the rows that ended."""
+        if len(going) < len(self.lengths):
+            index = torch.tensor(going, device=self.lengths.device)
+            self.keys = [k[index] for k in self.keys]
+            self.values = [v[index] for v in self.values]
+            self.lengths, self.starts = self.lengths[index], self.starts[index]
+            self.before = [states if states.shared else states.of_rows(index) for states in self.before]
 
 
 def _choose_each(logits: torch.Tensor, sampling: Sampling, rows: Sequence[_Open]) -> list[int]:
