@@ -12,7 +12,17 @@ import torch
 import softprompt as sp
 from softprompt.errors import ConfigError, DataError, TrainingError
 from softprompt.training.config import TuneConfig
-from softprompt.training.few import FEW, FOLDS, Folds, few_config, fold_rows, fold_tasks, folds_of, tune_few
+from softprompt.training.few import (
+    FEW,
+    FOLDS,
+    STEPS,
+    Folds,
+    few_config,
+    fold_rows,
+    fold_tasks,
+    folds_of,
+    tune_few,
+)
 from softprompt.training.loop import LEAST, Validation, planned_steps
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
@@ -109,11 +119,12 @@ def test_two_epochs_of_few_rows_are_not_too_few_steps():
 
 
 def test_how_many_steps():
-    assert few_config(TuneConfig(), 32).steps == LEAST
+    assert few_config(TuneConfig(), 32).steps == STEPS < LEAST
+    assert few_config(TuneConfig(kind="deep"), 80).steps == 40
     assert few_config(TuneConfig(steps=7), 32).steps == 7
     assert few_config(TuneConfig(epochs=10), 32).steps == 20
     assert few_config(TuneConfig(patience=2), 32).patience is None  # of a single run: the mean has it instead
-    assert few_config(TuneConfig(), 32).validate_every == LEAST // 10
+    assert few_config(TuneConfig(), 32).validate_every == STEPS // 10
 
 
 # --- folds are runs of tune -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ..evaluation.metrics import classification_scores
 from ..evaluation.runner import Report
 from ..rows import carve
 from .config import TuneConfig
-from .loop import Validation, planned_steps
+from .loop import MOST_EPOCHS, Validation, planned_steps
 from .monitor import Listener
 from .run import Run, TuneResult, begin, finish, interruptible
 from .sweep import begin_all
@@ -34,6 +34,9 @@ from .sweep_trial import DIVERGED, Trial
 
 FEW = 100  # rows; a tenth of as many, the default share for validation, would be under ten
 FOLDS = 5
+# Without folds a run of few rows has more steps, and is better for it. With them such a run is stopped by the loss of its
+# validations long before its schedule ends, and a run cut short is worse than a short one that comes to its end.
+STEPS = 30
 CHECKS = 10  # how often a run is validated
 PATIENCE = 3  # validations without a better mean, after which no fold goes on
 FOLDER = "folds"  # inside the run folder
@@ -138,8 +141,11 @@ def fold_tasks(task: Task, count: int, seed: int) -> list[Task]:
 
 
 def few_config(config: TuneConfig, rows: int) -> TuneConfig:
-    """`config` as all runs of few rows have it: as many steps as few rows need, unless it says how many."""
+    """`config` as all runs of few rows have it: STEPS or six or eight epochs, unless it says how many."""
     steps = planned_steps(config, rows)
+    if not (config.steps or config.epochs):
+        epochs = MOST_EPOCHS[config.kind]
+        steps = min(steps, max(STEPS, planned_steps(config.model_copy(update={"epochs": epochs}), rows)))
     every = config.validate_every or max(1, math.ceil(steps / CHECKS))
     return config.model_copy(update={"steps": steps, "validate_every": every, "patience": None})
 
