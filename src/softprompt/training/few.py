@@ -34,8 +34,8 @@ from .sweep_trial import DIVERGED, Trial
 
 FEW = 100  # rows; a tenth of as many, the default share for validation, would be under ten
 FOLDS = 5
-# Without folds a run of few rows has more steps, and is better for it. With them such a run is stopped by the loss of its
-# validations long before its schedule ends, and a run cut short is worse than a short one that comes to its end.
+# Without folds a run of few rows has more steps, and is better for it. With them such a run is stopped by the loss of
+# its validations long before its schedule ends, and a run cut short is worse than a short one that comes to its end.
 STEPS = 30
 CHECKS = 10  # how often a run is validated
 PATIENCE = 3  # validations without a better mean, after which no fold goes on
