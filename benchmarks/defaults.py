@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed.facts import as_program, facts, keep, precision_named
+from speed.facts import as_program, count, facts, keep, precision_named
 from speed.tables import read_json
 
 import softprompt as sp
@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES), help="default: all")
     parser.add_argument("--rows", type=int, default=300, help="training rows")
     parser.add_argument("--test-rows", type=int, default=500, help="test rows")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each trial")
+    parser.add_argument("--seeds", type=count, default=1, help="runs of each trial")
     parser.add_argument("--precision", default="auto", type=precision_named, help="auto, float32 or bfloat16")
     parser.add_argument("--threads", type=int, help="default: all cores")
     return parser.parse_args(arguments)

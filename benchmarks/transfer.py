@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from defaults import KEPT_BYTES, RECIPE, kept_trials, known_tasks, run
-from speed.facts import as_program, facts, keep, precision_named
+from speed.facts import as_program, count, facts, keep, precision_named
 
 import softprompt as sp
 from softprompt.attention import StateCache
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", default="cr", help="task with few rows")
     parser.add_argument("--source-rows", type=int, default=2000, help="training rows of the source")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 100, 1000], help="training rows of the target")
-    parser.add_argument("--seeds", type=int, default=2, help="draws of the target's rows")
+    parser.add_argument("--seeds", type=count, default=2, help="draws of the target's rows")
     parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--precision", default="auto", type=precision_named, help="auto, float32 or bfloat16")
     parser.add_argument("--threads", type=int, help="default: all cores")

@@ -102,6 +102,9 @@ def test_trials_change_one_setting_of_the_base_and_are_not_run_twice(
         defaults.main([*told, "--rows", "10", "--test-rows", "12"])
     with pytest.raises(SystemExit, match="no task nothing"):
         defaults.main(["--data", str(data), "--out", str(out), "--tasks", "nothing"])
+    with pytest.raises(SystemExit):
+        defaults.main([*told, "--seeds", "0"])
+    assert "expected a whole number from 1 on, not 0" in capsys.readouterr().err
 
 
 def test_transfer_from_the_source_as_it_is_and_tuned_on(

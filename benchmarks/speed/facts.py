@@ -50,6 +50,13 @@ def as_program(main: Callable[[], int | None]) -> None:
         sys.exit(f"error: {error}")
 
 
+def count(given: str) -> int:
+    """For argparse: a number of things, at least one."""
+    if not given.isdigit() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, not {given}")
+    return int(given)
+
+
 def precision_named(given: str) -> str:
     """For argparse: a precision; auto is what is faster here, as `softprompt.tune` takes it."""
     if given == "auto":

@@ -311,7 +311,7 @@ def _pad(shared: States, states: Sequence[States | None], backbone: Backbone) ->
     sample = some.keys[0]
     # Only what is padding is filled with zeros: these are tens of megabytes at every step.
     packed = sample.new_empty(2 * len(some.keys), len(states), sample.shape[1], max(lengths), sample.shape[3])
-    for place, layer in enumerate([*shared.keys, *shared.values] if front else []):
+    for place, layer in enumerate([*shared.keys, *shared.values]):
         packed[place, :, :, :front] = layer
     for r, row in enumerate(states):
         packed[:, r, :, lengths[r] :] = 0

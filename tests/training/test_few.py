@@ -15,8 +15,8 @@ from softprompt.training.config import TuneConfig
 from softprompt.training.few import (
     FEW,
     FOLDS,
-    STEPS,
     Folds,
+    choose,
     few_config,
     fold_rows,
     fold_tasks,
@@ -119,12 +119,11 @@ def test_two_epochs_of_few_rows_are_not_too_few_steps():
 
 
 def test_how_many_steps():
-    assert few_config(TuneConfig(), 32).steps == STEPS < LEAST
-    assert few_config(TuneConfig(kind="deep"), 80).steps == 40
+    assert few_config(TuneConfig(), 32).steps == few_config(TuneConfig(kind="deep"), 80).steps == LEAST
     assert few_config(TuneConfig(steps=7), 32).steps == 7
     assert few_config(TuneConfig(epochs=10), 32).steps == 20
     assert few_config(TuneConfig(patience=2), 32).patience is None  # of a single run: the mean has it instead
-    assert few_config(TuneConfig(), 32).validate_every == STEPS // 10
+    assert few_config(TuneConfig(), 32).validate_every == LEAST // 10
 
 
 # --- folds are runs of tune -----------------------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def test_how_many_steps():
 def test_a_fold_is_a_run_of_tune_on_the_other_rows(backbone, input):
     task = make_task(input=input)
     config = few_config(TuneConfig(**BASE, seed=2), 18)
-    folds = Folds(backbone, task, config, 3, patience=99)
+    folds = Folds(backbone, task, config, 3)
     found = folds.run(lambda: False)
     assert [point[0] for point in found.curve] == [2, 4, 6, 8]
     for number, (trial, alone) in enumerate(zip(folds.trials, fold_tasks(task, 3, 2), strict=True), 1):
@@ -160,7 +159,7 @@ def last_vectors(backbone, task, config, seed):
 
 def test_the_report_has_each_row_as_the_fold_without_it_says(backbone):
     task = make_task()
-    folds = Folds(backbone, task, few_config(TuneConfig(**BASE), 18), 3, patience=99)
+    folds = Folds(backbone, task, few_config(TuneConfig(**BASE), 18), 3)
     found = folds.run(lambda: False)
     assert len(found.report.true) == 18 and sorted(found.report.true) == sorted(task.train.labels)
     score = {step: score for step, score, _ in found.curve}[found.steps]
@@ -182,13 +181,32 @@ def test_the_report_has_each_row_as_the_fold_without_it_says(backbone):
     assert plain["folds"] == 3 and plain["rows"] == 18 and plain["interval"] == list(found.report.interval)
 
 
-def test_all_stop_where_the_mean_gets_no_better(backbone, monkeypatch):
-    folds = Folds(backbone, make_task(), few_config(TuneConfig(**{**BASE, "steps": 20}), 18), 3, patience=2)
-    losses = {2: 0.9, 4: 0.5, 6: 0.6, 8: 0.7}
-    monkeypatch.setattr(folds, "mean", lambda step: Validation(0.5, losses[step], "accuracy", error=0.1))
-    found = folds.run(lambda: False)
-    assert found.steps == 4 and [point[0] for point in found.curve] == [2, 4, 6, 8]
-    assert [trial.step for trial in folds.trials] == [8, 8, 8]
+def scores(*values: float, error: float = 0.05) -> dict[int, Validation]:
+    return {2 * (i + 1): Validation(value, 1.0 + i, "accuracy", error=error) for i, value in enumerate(values)}
+
+
+def test_the_last_step_unless_an_earlier_one_is_clearly_better():
+    assert choose(scores(0.5, 0.8, 0.84, 0.8)) == 8  # 0.84 is within one standard error of what the last has
+    assert choose(scores(0.5, 0.8, 0.86, 0.8)) == 6
+    assert choose(scores(0.5, 0.9, 0.86, 0.8)) == 4
+    assert choose(scores(0.8)) == 2
+    assert choose(scores(-1.2, -1.0, -1.1, error=0.0)) == 4  # free text: minus the loss, which has no error of its own
+
+
+def test_folds_go_on_to_the_end_unless_patience_ends_them(backbone, monkeypatch):
+    config = few_config(TuneConfig(**{**BASE, "steps": 20}), 18)
+    found = {2: 0.5, 4: 0.7, 6: 0.7, 8: 0.6, 10: 0.7}
+
+    def mean(step: int) -> Validation:
+        return Validation(found.get(step, 0.7), 1.0, "accuracy", error=0.1)
+
+    for patience, end in [(None, 20), (2, 8)]:
+        folds = Folds(backbone, make_task(), config, 3, patience=patience)
+        monkeypatch.setattr(folds, "mean", mean)
+        crossed = folds.run(lambda: False)
+        assert [trial.step for trial in folds.trials] == [end, end, end]
+        assert [point[0] for point in crossed.curve] == list(range(2, end + 1, 2))
+        assert crossed.steps == end  # 0.7 is not clearly better than 0.6 here
 
 
 # --- the run over all rows ------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 A tenth of 40 rows is 4 rows, whose accuracy says next to nothing. So where there are few rows and none of them are set
 aside, each row is scored once by a prompt that was tuned without it: K folds, each with a seed of its own, are tuned
-side by side over one frozen model and stopped together where the mean over all rows stops getting better. The last run
-takes all rows through the same schedule up to that step.
+side by side over one frozen model. The last run takes all rows through the same schedule, to its end unless the mean
+over all rows was clearly better before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..evaluation.metrics import classification_scores
 from ..evaluation.runner import Report
 from ..rows import carve
 from .config import TuneConfig
-from .loop import MOST_EPOCHS, Validation, planned_steps
+from .loop import Validation, planned_steps
 from .monitor import Listener
 from .run import Run, TuneResult, begin, finish, interruptible
 from .sweep import begin_all
@@ -34,11 +34,7 @@ from .sweep_trial import DIVERGED, Trial
 
 FEW = 100  # rows; a tenth of as many, the default share for validation, would be under ten
 FOLDS = 5
-# Without folds a run of few rows has more steps, and is better for it. With them such a run is stopped by the loss of
-# its validations long before its schedule ends, and a run cut short is worse than a short one that comes to its end.
-STEPS = 30
 CHECKS = 10  # how often a run is validated
-PATIENCE = 3  # validations without a better mean, after which no fold goes on
 FOLDER = "folds"  # inside the run folder
 NUMBER = "\0number"  # a column that no table has
 SETTING = "cross_validated"  # in a report: scores of rows by prompts that were tuned without them
@@ -48,12 +44,12 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass
 class CrossValidation:
-    """steps: after which the mean over folds was best, of planned steps. report: of all rows, each scored by the fold
+    """steps: after which the last run ends, of planned steps. report: of all rows, each scored by the fold
     that it was kept out of. curve: (step, score, loss) of each validation. folds, rows, metric: what it was done with.
 
     The interval of the report is that of as many independent rows. Folds share most of their training rows, so it is
-    somewhat too narrow (no unbiased estimate exists: Bengio and Grandvalet 2004), and the score is the best of the
-    curve, so it is somewhat too high.
+    somewhat too narrow (no unbiased estimate exists: Bengio and Grandvalet 2004), and where an earlier step
+    was taken its score is the best of the curve, so it is somewhat too high.
     """
 
     steps: int
@@ -141,11 +137,8 @@ def fold_tasks(task: Task, count: int, seed: int) -> list[Task]:
 
 
 def few_config(config: TuneConfig, rows: int) -> TuneConfig:
-    """`config` as all runs of few rows have it: STEPS or six or eight epochs, unless it says how many."""
+    """`config` as all runs of few rows have it: the steps of a run over all `rows`, validated CHECKS times."""
     steps = planned_steps(config, rows)
-    if not (config.steps or config.epochs):
-        epochs = MOST_EPOCHS[config.kind]
-        steps = min(steps, max(STEPS, planned_steps(config.model_copy(update={"epochs": epochs}), rows)))
     every = config.validate_every or max(1, math.ceil(steps / CHECKS))
     return config.model_copy(update={"steps": steps, "validate_every": every, "patience": None})
 
@@ -154,7 +147,11 @@ def few_config(config: TuneConfig, rows: int) -> TuneConfig:
 
 
 class Folds:
-    """The runs of all folds, advanced together. config: of `few_config`; `patience`: PATIENCE without one."""
+    """The runs of all folds, advanced together.
+
+    config: of `few_config`. patience: validations without a better mean after which no fold goes on; None: all go on to
+    the end.
+    """
 
     def __init__(
         self,
@@ -168,7 +165,7 @@ class Folds:
         tell: Tell = lambda event: None,
     ):
         self.task, self.config, self.count, self.tell = task, config, count, tell
-        self.patience = patience or PATIENCE
+        self.patience = patience
         tasks = fold_tasks(task, count, config.seed)
         plan = SweepPlan(tuple({"fold": number, "seed": config.seed + number} for number in range(1, count + 1)), 0)
         configs = [config.model_copy(update={"seed": own["seed"], "tensorboard": False}) for own in plan.trials]
@@ -177,10 +174,8 @@ class Folds:
             _log_predictions(trial.run)
 
     def run(self, asked: Callable[[], bool]) -> CrossValidation | None:
-        """Advance all folds until the mean stops getting better; None if that was interrupted."""
-        best: Validation | None = None
-        top, chosen, without = -math.inf, 0, 0
-        curve = []
+        """Advance all folds to the end, or to where `patience` ends them; None if that was interrupted."""
+        means: dict[int, Validation] = {}
         for step in self.checks():
             for trial in self.trials:
                 trial.advance(step / trial.steps, asked)
@@ -188,17 +183,14 @@ class Folds:
                     raise TrainingError(trial.why)
                 if asked():
                     return None
-            found = self.mean(step)
-            curve.append((step, found.score, found.loss))
-            better = best is None or found.beats(top, best.loss)
-            top = max(top, found.score)
-            best, chosen, without = (found, step, 0) if better else (best, chosen, without + 1)
+            means[step] = found = self.mean(step)
             self.tell({"event": "fold-mean", "step": step, "score": found.score, "loss": found.loss})
-            if without >= self.patience:
+            best = max(means, key=lambda each: means[each].score)
+            if self.patience is not None and list(means).index(step) - list(means).index(best) >= self.patience:
                 break
-        assert best is not None
-        metric, rows = best.metric, len(self.task.train)
-        steps = self.trials[0].steps
+        chosen = choose(means)
+        curve = [(step, found.score, found.loss) for step, found in means.items()]
+        metric, rows, steps = means[chosen].metric, len(self.task.train), self.trials[0].steps
         return CrossValidation(chosen, steps, self.count, rows, metric, self.report(chosen), curve)
 
     def checks(self) -> Iterator[int]:
@@ -231,6 +223,18 @@ class Folds:
         probabilities = torch.tensor([each for _, event in folds for each in event["probabilities"]]).double()
         scores = classification_scores(true, predicted, probabilities.numpy(), list(template.classes))
         return Report(scores, None, loss, true, predicted, inputs, probabilities, setting=setting)
+
+
+def choose(means: dict[int, Validation]) -> int:
+    """The step to end at, by the mean after each: the last, unless the best was better by more than a standard error.
+
+    The end of a schedule, where steps are small and averaged, is nearly always better than its middle, and which of ten
+    means of few rows is the highest is mostly chance. (Their loss says less still: it rises as the prompt becomes more
+    sure, while the accuracy rises too.)
+    """
+    last = max(means)
+    best = max(means, key=lambda step: means[step].score)
+    return best if means[best].score > means[last].score + means[last].error else last
 
 
 def _log_predictions(run: Run) -> None:

@@ -292,7 +292,7 @@ class Trainer:
         current = self.prompt()
         found = self.validate(current)
         self.monitor.add("validation", self.step, loss=found.loss, score=found.score, metric=found.metric)
-        text = majority_warning(found.predicted, 2)
+        text = majority_warning(found.predicted, 2, self.step / self.steps)
         if text:
             self.monitor.warn_once(self.step, "every validation row", text)
         better = found.beats(self.top_score, self.best_loss)
@@ -310,7 +310,7 @@ class Trainer:
         tensors = {f"parameters.{name}": p.detach() for name, p in self.parameters.named_parameters()}
         tensors |= {"best": self.best, "initial": self.initial, **optimizer_tensors(self.optimizer)}
         tensors |= {} if self.mean is None else {"mean": self.mean}
-        tensors |= {f"valley.{name}": kept for name, kept in self.valley.parameters.items()}
+        tensors |= self.valley.tensors()
         facts = {
             "step": self.step,
             "steps": self.steps,
@@ -322,11 +322,7 @@ class Trainer:
             "seconds": self.seconds,
             "averaged": self.averaged,
             "rescues": self.rescues,
-            "valley": {
-                "step": self.valley.step,
-                "lowest": self.valley.lowest if math.isfinite(self.valley.lowest) else None,
-                "recent": self.valley.recent,
-            },
+            "valley": self.valley.facts(),
         }
         return Checkpoint(tensors, facts)
 
@@ -344,12 +340,8 @@ class Trainer:
         self.top_score = -math.inf if facts["top_score"] is None else facts["top_score"]
         self.without_gain, self.seconds = facts["without_gain"], facts["seconds"]
         self.mean, self.averaged = tensors.get("mean"), facts["averaged"]
-        self.rescues, valley = facts["rescues"], facts["valley"]
-        self.valley.step, self.valley.recent = valley["step"], valley["recent"]
-        self.valley.lowest = math.inf if valley["lowest"] is None else valley["lowest"]
-        self.valley.parameters = {
-            name.removeprefix("valley."): tensor for name, tensor in tensors.items() if name.startswith("valley.")
-        }
+        self.rescues = facts["rescues"]
+        self.valley.restore(tensors, facts["valley"])
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

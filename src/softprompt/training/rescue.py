@@ -8,7 +8,8 @@ is still there: the vectors at which the loss was lowest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ EXAMPLES, BATCHES = 128, 4
 # How far above the lowest mean is too far: this many times, and nats more. Tasks that are learned well have lowest
 # means near zero, so a ratio alone would see a fall in noise.
 RATIO, NATS = 2.0, 0.25
+PREFIX = "valley."  # of the names of its tensors in a checkpoint
 
 
 class Valley:
@@ -48,3 +50,18 @@ class Valley:
     def left(self) -> bool:
         """Whether the loss has risen so far above its lowest that the run will hardly come back by itself."""
         return len(self.recent) == self.window and self.mean > RATIO * self.lowest + NATS
+
+    # --- for a checkpoint ---------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{PREFIX}{name}": kept for name, kept in self.parameters.items()}
+
+    def facts(self) -> dict[str, Any]:
+        lowest = self.lowest if math.isfinite(self.lowest) else None  # JSON has no infinity
+        return {"step": self.step, "lowest": lowest, "recent": self.recent}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Be what gave these `facts` and, among others, these `tensors`."""
+        self.step, self.recent = facts["step"], facts["recent"]
+        self.lowest = math.inf if facts["lowest"] is None else facts["lowest"]
+        self.parameters = {name[len(PREFIX) :]: kept for name, kept in tensors.items() if name.startswith(PREFIX)}
