@@ -37,7 +37,7 @@ def tune(cli: Cli, model_folder: str) -> Cli:
 def test_few_rows_are_cross_validated_and_all_of_them_tuned_on(tune: Cli) -> None:
     called = tune(20, "--json")
     assert called.code == 0, called.err
-    assert "20 training rows and none for validation: the number of steps is found by cross-validation" in called.err
+    assert "20 training rows and none for validation: how good prompts of them are" in called.err
     assert "--folds 0 turns this off" in called.err and "20 rows tell no more" in called.err
     assert "rows: 20 train, 0 validation, 0 test" in called.err and "last vectors" not in called.err
     found = called.json["cross_validation"]

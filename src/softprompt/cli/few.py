@@ -68,8 +68,9 @@ class FewProgress:
     def _on_folds(self, event: dict[str, Any]) -> None:
         self.folding = True
         self.out.note(
-            f"{event['rows']} training rows and none for validation: the number of steps is found by cross-validation "
-            f"in {event['folds']} folds, then all rows are tuned on (--folds 0 turns this off)"
+            f"{event['rows']} training rows and none for validation: how good prompts of them are, and after how many "
+            f"steps, is found by cross-validation in {event['folds']} folds; then one is tuned on all rows "
+            "(--folds 0 turns this off)"
         )
         names = [{"trial": str(number), "settings": {}} for number in range(1, event["folds"] + 1)]
         self.folds({"event": "sweep", "trials": names, "steps": event["folds"] * event["steps"], "done": 0})
@@ -90,6 +91,6 @@ def in_words(found: dict[str, Any]) -> str:
         low, high = found["interval"]
         score += f" (95 % interval {low:.2f} to {high:.2f}: {found['rows']} rows tell no more)"
     return (
-        f"cross-validation: best after {found['steps']} of {found['planned']} steps, {score}; tuning on all "
+        f"cross-validation: {score} after {found['steps']} of {found['planned']} steps; tuning on all "
         f"{found['rows']} rows for {found['steps']} steps"
     )
