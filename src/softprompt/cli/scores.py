@@ -43,7 +43,9 @@ def headline(report: Report) -> tuple[str, float, Any]:
 
 def in_one_line(report: Report) -> str:
     name, value, bounds = headline(report)
-    return f"{name} {value:.3f}" + (f" ({interval(bounds)})" if bounds else "") + f" on {len(report.true):,} rows"
+    rows = len(report.true)
+    shown = f"{name} {value:.3f}" + (f" ({interval(bounds)})" if bounds else "")
+    return f"{shown} on {rows:,} row{'s' if rows != 1 else ''}"
 
 
 def report_tables(report: Report) -> list[Any]:

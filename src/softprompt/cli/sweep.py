@@ -13,7 +13,7 @@ from ..atomic import write_atomic
 from ..config import CONFIG_FILE, fields_by_panel
 from ..training.sweep_config import SweepConfig, load_sweep
 from .command import FAILED, INTERRUPTED, command, with_options
-from .output import Output, duration, interval
+from .output import Output, duration
 from .progress import PLAIN_SECONDS, _bar
 from .tune import flag_of, how_to_go_on, load_task, load_tuned_backbone, next_commands, score_test, split_settings
 
@@ -152,15 +152,14 @@ def _number(value: float | None) -> str:
 
 
 def _show(out: Output, config: SweepConfig, result: SweepResult, test: Report | None) -> None:
-    from .scores import headline
+    from .scores import in_one_line
 
     base, winner = config.base, result.winner
     out.show(trial_table(result))
     out.show(f"the winner is trial {winner.name}: {in_words(winner.settings)}")
     for name, report in (("validation", result.validation), ("test", test)):
         if report is not None:
-            metric, value, bounds = headline(report)
-            out.show(f"{name} {metric} {value:.3f} ({interval(bounds)}) on {len(report.true):,} rows")
+            out.show(f"{name} {in_one_line(report)}")
     out.show(f"{len(result.trials)} trials in {duration(result.seconds)}", "")
     again = str(Path(base.run or "") / WINNER)
     files = {"prompt": base.out, "run": base.run, "report": result.report and str(result.report)}
