@@ -15,9 +15,11 @@ import yaml
 from cli_material import TEMPLATE, Called
 
 from softprompt import SoftPrompt
+from softprompt.cli.scores import in_one_line
 from softprompt.cli.sweep import SweepProgress
 from softprompt.config import load_config
 from softprompt.errors import ConfigError
+from softprompt.evaluation.runner import Report
 from softprompt.training.sweep_config import load_sweep
 
 Cli = Callable[..., Called]
@@ -282,3 +284,8 @@ def test_a_trial_that_diverges_is_told_and_the_others_go_on(
     assert "warning: trial 02 (seed=1) ended at step 0, the others go on: the loss became nan" in called.err
     assert [each["state"] for each in called.json["trials"]] == ["finished", "diverged"]
     assert "warnings" in called.json
+
+
+def test_a_score_without_an_interval_in_one_line() -> None:
+    report = Report(None, None, 0.5, ["fine"], [], ["Review: good"])
+    assert in_one_line(report) == "loss 0.500 on 1 row"
