@@ -290,9 +290,9 @@ def test_warnings_say_what_to_try():
     assert movement_warning(start + 1e-6, start, unit=1.0, share_done=0.1) is None
     assert "grown to 500 times" in movement_warning(start + 500.0, start, unit=1.0, share_done=0.1)
     assert movement_warning(start + 0.5, start, unit=1.0, share_done=0.9) is None
-    assert "every validation row was classified as 'a'" in majority_warning(["a"] * 20, 2, share_done=0.5)
-    assert majority_warning(["a"] * 20, 2, share_done=0.4) is None
-    assert majority_warning(["a"] * 19 + ["b"], 2, share_done=0.5) is None
+    assert "every validation row was classified as 'a'" in majority_warning(["a"] * 20, share_done=0.5)
+    assert majority_warning(["a"] * 20, share_done=0.4) is None
+    assert majority_warning(["a"] * 19 + ["b"], share_done=0.5) is None
 
 
 def test_result_json_is_plain(undisturbed):

@@ -185,8 +185,8 @@ class Folds:
                     return None
             means[step] = found = self.mean(step)
             self.tell({"event": "fold-mean", "step": step, "score": found.score, "loss": found.loss})
-            best = max(means, key=lambda each: means[each].score)
-            if self.patience is not None and list(means).index(step) - list(means).index(best) >= self.patience:
+            since_best = list(reversed(means)).index(highest(means))
+            if self.patience is not None and since_best >= self.patience:
                 break
         chosen = choose(means)
         curve = [(step, found.score, found.loss) for step, found in means.items()]
@@ -225,6 +225,11 @@ class Folds:
         return Report(scores, None, loss, true, predicted, inputs, probabilities, setting=setting)
 
 
+def highest(means: dict[int, Validation]) -> int:
+    """The first step after which the mean was highest."""
+    return max(means, key=lambda step: means[step].score)
+
+
 def choose(means: dict[int, Validation]) -> int:
     """The step to end at, by the mean after each: the last, unless the best was better by more than a standard error.
 
@@ -232,8 +237,7 @@ def choose(means: dict[int, Validation]) -> int:
     means of few rows is the highest is mostly chance. (Their loss says less still: it rises as the prompt becomes more
     sure, while the accuracy rises too.)
     """
-    last = max(means)
-    best = max(means, key=lambda step: means[step].score)
+    last, best = max(means), highest(means)
     return best if means[best].score > means[last].score + means[last].error else last
 
 

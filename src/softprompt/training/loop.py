@@ -292,7 +292,7 @@ class Trainer:
         current = self.prompt()
         found = self.validate(current)
         self.monitor.add("validation", self.step, loss=found.loss, score=found.score, metric=found.metric)
-        text = majority_warning(found.predicted, 2, self.step / self.steps)
+        text = majority_warning(found.predicted, self.step / self.steps)
         if text:
             self.monitor.warn_once(self.step, "every validation row", text)
         better = found.beats(self.top_score, self.best_loss)

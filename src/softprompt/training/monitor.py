@@ -106,9 +106,9 @@ def movement_warning(vectors: torch.Tensor, initial: torch.Tensor, unit: float, 
     return None
 
 
-def majority_warning(predicted: list[str], classes: int, share_done: float) -> str | None:
+def majority_warning(predicted: list[str], share_done: float) -> str | None:
     """Whether all validation rows were given the same class, once half of the run is done; at first many are."""
-    if share_done >= 0.5 and classes > 1 and len(predicted) >= 10 and len(set(predicted)) == 1:
+    if share_done >= 0.5 and len(predicted) >= 10 and len(set(predicted)) == 1:
         return (
             f"every validation row was classified as '{predicted[0]}'; try more steps, another learning_rate "
             "(a third or three times), init=labels, or look at the template and the label words"
