@@ -54,6 +54,11 @@ SNIPPETS = [
 # ▁ is how sentencepiece writes a space: tokenizers of that family cannot give it back.
 letters = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=6)
 texts = st.lists(st.sampled_from(SNIPPETS) | letters, max_size=5).map("".join)
+# Texts in which nothing can be taken for a control token, made so: most of `texts` would have to be thrown away.
+CONTROL = ("<", "|", "end")
+harmless_letters = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁<|"), max_size=6)
+harmless_snippets = [snippet for snippet in SNIPPETS if not any(part in snippet for part in CONTROL)]
+harmless = st.lists(st.sampled_from(harmless_snippets) | harmless_letters, max_size=5).map("".join)
 literals = st.lists(
     st.sampled_from(["Review: ", "\nSentiment:", " ", "评论", "{", "x", "}. "]), min_size=1, max_size=3
 ).map("".join)
@@ -136,10 +141,10 @@ def test_data_never_becomes_a_control_token(name: str, text: str, a: str, b: str
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @FAST
-@given(a=texts, b=texts)
+@given(a=harmless, b=harmless)
 def test_without_soft_tokens_it_is_the_tokenizers_own_reading(name: str, a: str, b: str) -> None:
     """Zero-shot reads what any other program would give the model."""
-    assume(not any(nasty.strip() in a + b for nasty in ("<", "|", "end")))
+    assume(not any(part in a + b for part in CONTROL))  # letters may still have made "end"
     made = encoder(name, "Review: {a}\n{soft}Mood{b}:", "{answer}", tokens=0)
     whole = pick(name)(f"Review: {a}\nMood{b}:")["input_ids"]
     whole = whole[:-1] if name == "word" else whole  # it puts EOS behind the text, where an answer is to follow
