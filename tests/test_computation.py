@@ -8,7 +8,7 @@ import torch
 from softprompt import attention
 from softprompt.attention import Pass, StateCache
 from softprompt.computation import answer_log_probability, keep_texts, loss_and_gradient, micro_batches
-from softprompt.losses import loss_of_hidden, summed_cross_entropy
+from softprompt.losses import losses_of_hidden, summed_cross_entropy
 from softprompt.placement import Row, in_line, in_rectangle, shared_length
 from tiny_models import ARCHITECTURES, FAST, PLACEMENTS, make_backbone, make_rows, random_vectors
 
@@ -180,8 +180,8 @@ def test_loss_in_pieces_is_the_whole_loss(monkeypatch):
     targets = torch.randint(0, 20, (11,))
     whole = summed_cross_entropy(head(hidden), targets)
     whole.backward()
-    loss, gradient = loss_of_hidden(hidden.detach(), targets, head, 20)
-    assert loss == pytest.approx(float(whole.detach()), abs=1e-10)
+    losses, gradient = losses_of_hidden(hidden.detach(), targets, head, 20)
+    assert float(losses.sum()) == pytest.approx(float(whole.detach()), abs=1e-10)
     torch.testing.assert_close(gradient, hidden.grad, rtol=0, atol=1e-12)
 
 

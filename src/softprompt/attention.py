@@ -63,6 +63,11 @@ class States:
         return self.keys[0].shape[2] if self.keys else 0
 
     @property
+    def rows(self) -> int:
+        """R."""
+        return self.keys[0].shape[0] if self.keys else 1
+
+    @property
     def shared(self) -> bool:
         """Whether these are of one row, the same for all."""
         return not self.keys or self.keys[0].shape[0] == 1
@@ -71,6 +76,13 @@ class States:
         """The states of some of the rows."""
         lengths = None if self.lengths is None else self.lengths[index]
         return States([k[index] for k in self.keys], [v[index] for v in self.values], lengths)
+
+    def expanded(self, rows: int) -> States:
+        """The states of one row as those of so many; states of as many rows as they are."""
+        if not self.keys or self.rows == rows:
+            return self
+        keys = [k.expand(rows, -1, -1, -1) for k in self.keys]
+        return States(keys, [v.expand(rows, -1, -1, -1) for v in self.values], self.lengths)
 
     def detached(self) -> States:
         """The same numbers as leaves that collect gradients: where the split backward pass is cut."""
@@ -82,7 +94,7 @@ class States:
 
 
 def join(parts: Sequence[States]) -> States:
-    """Shared states of consecutive pieces of one sequence, as the states of the whole sequence."""
+    """States of consecutive pieces of one sequence (or of several, of equal length), as those of the whole."""
     parts = [p for p in parts if p.size]
     if len(parts) <= 1:
         return parts[0] if parts else States([], [])

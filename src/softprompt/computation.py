@@ -19,18 +19,19 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .attention import Pass, StateCache, States, join
 from .backbone import Backbone
 from .errors import TemplateError
-from .losses import PIECE, log_probabilities, loss_of_hidden, summed_cross_entropy
+from .losses import PIECE, log_probabilities, losses_of_hidden, summed_cross_entropy
 from .placement import Line, Row, embed_with_soft, first_soft, in_line, in_rectangle, shared_length
 from .rotary import moved
 
 Ids = tuple[int, ...]
+AnyRow = TypeVar("AnyRow", bound=Row)
 # Keys and values of a token take a tenth or less of the memory that its computation takes for the backward pass; they
 # are copied once or twice.
 LIGHT = 8
@@ -47,19 +48,24 @@ class LossAndGradient:
 
 
 def is_deep(vectors: torch.Tensor | None) -> bool:
-    """Whether a prompt is keys and values in each layer, [L, 2, K, P, D], and not vectors [P, H]."""
-    return vectors is not None and vectors.ndim == 5
+    """Whether a prompt (or each in a stack) is keys and values in each layer, [L, 2, K, P, D], not vectors [P, H]."""
+    return vectors is not None and vectors.ndim >= 5
 
 
 def prompt_length(vectors: torch.Tensor | None) -> int:
-    """P, the number of soft tokens of a prompt of either kind; 0 without one."""
-    return 0 if vectors is None else vectors.shape[3 if is_deep(vectors) else 0]
+    """P, the number of soft tokens of a prompt of either kind, or of each in a stack; 0 without one."""
+    return 0 if vectors is None else vectors.shape[-2]
+
+
+def stacked(vectors: torch.Tensor) -> torch.Tensor:
+    """A prompt as a stack of one, [1, P, H] or [1, L, 2, K, P, D]; a stack as it is."""
+    return vectors if vectors.ndim in (3, 6) else vectors[None]
 
 
 def deep_states(backbone: Backbone, vectors: torch.Tensor) -> States:
-    """A deep prompt as the states of P tokens at positions 0 to P - 1."""
-    cast = vectors.to(backbone.device, backbone.dtype)
-    return States([layer[0][None] for layer in cast], [layer[1][None] for layer in cast])
+    """A deep prompt as the states of P tokens at positions 0 to P - 1; a stack of R of them as those of R rows."""
+    layers = stacked(vectors).to(backbone.device, backbone.dtype).unbind(dim=1)
+    return States([layer[:, 0] for layer in layers], [layer[:, 1] for layer in layers])
 
 
 @torch.no_grad()
@@ -82,7 +88,8 @@ def split_shared(
 ) -> tuple[States, Ids]:
     """Of the tokens before every row: states that need no computation now, and the tokens left to be computed.
 
-    Constant text before the first soft token comes from `cache`; a deep prompt is states already.
+    Constant text before the first soft token comes from `cache`; a deep prompt is states already (of a stack, those of
+    a row each).
     """
     constant = first_soft(ids)
     before = _constant_states(backbone, tuple(ids[:constant]), cache)
@@ -90,8 +97,9 @@ def split_shared(
         after = constant + prompt_length(vectors)
         if after > len(ids):
             raise _no_tail(backbone)
-        place = torch.tensor([constant], device=backbone.device)
-        before = join([before, moved(backbone, deep_states(backbone, vectors), place)])
+        deep = deep_states(backbone, vectors)
+        place = torch.tensor([constant] * deep.rows, device=backbone.device)
+        before = join([before.expanded(deep.rows), moved(backbone, deep, place)])
         constant = after
     return before, tuple(ids[constant:])
 
@@ -106,7 +114,8 @@ def _no_tail(backbone: Backbone) -> TemplateError:
 def shared_states(
     backbone: Backbone, ids: Sequence[int], vectors: torch.Tensor | None, cache: StateCache | None = None
 ) -> States:
-    """States of tokens that stand before every row: S ids (soft ones from `vectors`) -> L x [1, K, S, D].
+    """States of tokens that stand before every row: S ids (soft ones from `vectors`) -> L x [1, K, S, D], or of a stack
+    of R prompts [R, K, S, D], where there are soft ones.
 
     With a graph to `vectors` where gradients are enabled. Constant text before the first soft token comes from `cache`,
     and so does the whole where no gradient is wanted and the same vectors have been seen.
@@ -122,15 +131,27 @@ def shared_states(
     before, left = split_shared(backbone, ids, vectors, cache)
     if not left:
         return before
-    rest = torch.tensor(left, device=backbone.device)
-    embeddings = embed_with_soft(rest, None if is_deep(vectors) else vectors, backbone.embed)
-    positions = torch.arange(len(ids) - len(left), len(ids), device=backbone.device)
-    rows = Pass([len(rest)], [before], record=True, device=backbone.device)
+    count = 1 if vectors is None or first_soft(ids) == len(ids) else len(stacked(vectors))
+    rest = torch.tensor(left, device=backbone.device).repeat(count)
+    owners = torch.arange(count, device=backbone.device).repeat_interleave(len(left))
+    embeddings = embed_of_owners(backbone, rest, owners, vectors)
+    positions = torch.arange(len(ids) - len(left), len(ids), device=backbone.device).repeat(count)
+    rows = Pass([len(left)] * count, [before], record=True, device=backbone.device)
     backbone.hidden(embeddings, positions, rows, rest[:0])
-    states = join([before, rows.states()])
+    states = join([before.expanded(count), rows.states()])
     if cache and key:
         cache.put(key, states)
     return states
+
+
+def embed_of_owners(
+    backbone: Backbone, ids: torch.Tensor, owners: torch.Tensor, vectors: torch.Tensor | None
+) -> torch.Tensor:
+    """Embeddings [N, H] of ids [N], the soft ones taken from prompt owners[n] [N] of a stack [R, P, H]."""
+    if vectors is None or is_deep(vectors):
+        return embed_with_soft(ids, None, backbone.embed)
+    flat = stacked(vectors).flatten(0, 1)
+    return embed_with_soft(ids - owners * prompt_length(vectors) * (ids < 0), flat, backbone.embed)
 
 
 def _digest(vectors: torch.Tensor) -> int:
@@ -194,8 +215,9 @@ def before_rows(
 ) -> tuple[list[States], list[int]]:
     """All that stands before each row's own tokens, and where each row goes on.
 
-    shared: states of ids[:start], the same in all rows. Then come the row's text before any soft token, and a deep
-    prompt that stands behind that text. Raises TemplateError where nothing is left to answer from.
+    shared: states of ids[:start], the same in all rows (or, with a soft token there and a prompt for each row, each
+    row's). Then come the row's text before any soft token, and a deep prompt that stands behind that text. vectors: one
+    prompt for all rows, or a stack of one for each. Raises TemplateError where nothing is left to answer from.
     """
     past, starts = text_states(backbone, rows, start, shared, cache)
     before = [shared if past is None else past]
@@ -322,8 +344,8 @@ def _pad(shared: States, states: Sequence[States | None], backbone: Backbone) ->
 
 
 def micro_batches(
-    rows: Sequence[Row], start: int, budget: int, extra: int = 0, known: Callable[[Row], int] = lambda row: 0
-) -> Iterator[list[Row]]:
+    rows: Sequence[AnyRow], start: int, budget: int, extra: int = 0, known: Callable[[Row], int] = lambda row: 0
+) -> Iterator[list[AnyRow]]:
     """Rows of like length together, in micro-batches of like size with at most `budget` own tokens (or a single longer
     row).
 
@@ -332,7 +354,7 @@ def micro_batches(
     """
     sizes = [_counts_as(row, start, extra, known(row)) for row in rows]
     even = sum(sizes) / max(1, math.ceil(sum(sizes) / budget))  # as many as are needed, of like size
-    batch: list[Row] = []
+    batch: list[AnyRow] = []
     used = 0
     for own, row in sorted(zip(sizes, rows, strict=True), key=lambda sized: -len(sized[1].ids)):
         if batch and (used >= even or used + own > budget):
@@ -479,9 +501,14 @@ def _shared_backward(
         passed = Pass(line.lengths, before, device=backbone.device)
         total += _backward_of_line(backbone, embeddings, line.positions, passed, line.scored, line.targets)
     if learns:
-        pairs = [(s, g.grad) for s, g in zip(shared.keys + shared.values, leaves.keys + leaves.values, strict=True)]
-        torch.autograd.backward([s for s, g in pairs if g is not None], [g for _, g in pairs if g is not None])
+        go_back(shared, leaves)
     return total
+
+
+def go_back(states: States, leaves: States) -> None:
+    """The end of a split backward pass: what `leaves`, cut off from `states`, have collected goes on through these."""
+    pairs = [(s, g.grad) for s, g in zip(states.keys + states.values, leaves.keys + leaves.values, strict=True)]
+    torch.autograd.backward([s for s, g in pairs if g is not None], [g for _, g in pairs if g is not None])
 
 
 def _backward_at_once(backbone: Backbone, batch: list[Row], leaf: torch.Tensor, known: States, left: Ids) -> float:
@@ -505,9 +532,9 @@ def _backward_of_line(
     targets: torch.Tensor,
 ) -> float:
     hidden = backbone.hidden(embeddings, positions, passed, scored)
-    loss, gradient = loss_of_hidden(hidden, targets, backbone.head, backbone.vocab_size)
+    losses, gradient = losses_of_hidden(hidden, targets, backbone.head, backbone.vocab_size)
     hidden.backward(gradient)
-    return loss
+    return float(losses.double().sum())
 
 
 @torch.no_grad()

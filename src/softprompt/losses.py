@@ -17,23 +17,25 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
     return F.cross_entropy(logits.to(precise), targets, reduction="sum")
 
 
-def loss_of_hidden(
+def losses_of_hidden(
     hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
-) -> tuple[float, torch.Tensor]:
-    """Summed cross-entropy of label rows, and its gradient with respect to their hidden states.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each label row, and the gradient of their sum with respect to their hidden states.
 
-    hidden: [A, H], targets: [A] -> (loss, [A, H]). The head is frozen, so each piece of rows is finished, gradient
-    included, before the next one is begun; what stays is [A, H] and never [A, V].
+    hidden: [A, H], targets: [A] -> ([A], at least float32; [A, H]). The head is frozen, so each piece of rows is
+    finished, gradient included, before the next one is begun; what stays is [A, H] and never [A, V].
     """
     gradient = torch.empty_like(hidden)
-    total = 0.0
+    losses = []
     rows = max(1, PIECE // vocab_size)
     for start in range(0, len(targets), rows):
         piece = hidden[start : start + rows].detach().requires_grad_()
-        loss = summed_cross_entropy(head(piece), targets[start : start + rows])
-        (gradient[start : start + rows],) = torch.autograd.grad(loss, piece)
-        total += float(loss.detach())
-    return total, gradient
+        logits = head(piece)
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        each = F.cross_entropy(logits.to(precise), targets[start : start + rows], reduction="none")
+        (gradient[start : start + rows],) = torch.autograd.grad(each.sum(), piece)
+        losses.append(each.detach())
+    return torch.cat(losses), gradient
 
 
 def log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

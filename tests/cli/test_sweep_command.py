@@ -21,6 +21,7 @@ from softprompt.config import load_config
 from softprompt.errors import ConfigError
 from softprompt.evaluation.runner import Report
 from softprompt.training.sweep_config import load_sweep
+from spoiled import spoil_losses
 
 Cli = Callable[..., Called]
 pytestmark = pytest.mark.usefixtures("plain_report")
@@ -269,16 +270,7 @@ def test_a_config_is_checked_without_torch(config: dict[str, object]) -> None:
 def test_a_trial_that_diverges_is_told_and_the_others_go_on(
     cli: Cli, config: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softprompt.training.loop import Trainer
-
-    real = Trainer._gradient
-
-    def broken(self: Trainer, *more: object) -> object:
-        found = real(self, *more)  # type: ignore[arg-type]
-        found.loss = float("nan") if self.config.seed == 1 else found.loss
-        return found
-
-    monkeypatch.setattr(Trainer, "_gradient", broken)
+    spoil_losses(monkeypatch, lambda trainer: trainer.config.seed == 1)
     called = cli("sweep", "c.yaml", "grid={seed: [0, 1]}", "halving=off", "--json")
     assert called.code == 0, called.err
     assert "warning: trial 02 (seed=1) ended at step 0, the others go on: the loss became nan" in called.err

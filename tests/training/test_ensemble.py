@@ -80,6 +80,17 @@ def test_few_rows_are_cross_validated_once_for_all_members(backbone):
         assert same(prompt.vectors, sp.tune(backbone, task, **{**settings, "folds": 0}, seed=seed).prompt.vectors)
 
 
+def test_members_of_few_rows_may_share_passes(backbone, monkeypatch):
+    from softprompt.training import few
+
+    task, settings = make_task(18, validation=0), {**BASE, "steps": 3, "folds": 2}
+    alone = sp.tune_ensemble(backbone, task, size=2, **settings)
+    monkeypatch.setattr(few, "worthwhile", lambda backbone: True)
+    shared = sp.tune_ensemble(backbone, task, size=2, **settings)
+    for one, other in zip(shared.prompts, alone.prompts, strict=True):
+        torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=1e-8)
+
+
 def test_the_folder_is_a_prompt_with_members_inside(backbone, tmp_path):
     found = sp.tune_ensemble(backbone, make_task(), size=3, **BASE)
     folder = found.save(tmp_path / "mood")

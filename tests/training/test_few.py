@@ -24,6 +24,7 @@ from softprompt.training.few import (
     tune_few,
 )
 from softprompt.training.loop import LEAST, Validation, planned_steps
+from spoiled import spoil_losses
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 BASE = dict(tokens=4, steps=8, batch_size=6, learning_rate=0.5, validate_every=2, checkpoint_every=3, init="random")
@@ -263,6 +264,19 @@ def test_interrupted_and_resumed_equals_undisturbed(backbone, tmp_path, moment):
     assert same(again.prompt.vectors, whole.prompt.vectors) and len(again.history) == len(whole.history)
 
 
+def test_folds_that_share_passes_say_the_same(backbone, monkeypatch):
+    from softprompt.training import few
+
+    alone = sp.tune(backbone, make_task(), **BASE, folds=3)
+    monkeypatch.setattr(few, "worthwhile", lambda backbone: True)
+    shared = sp.tune(backbone, make_task(), **BASE, folds=3)
+    torch.testing.assert_close(shared.prompt.vectors, alone.prompt.vectors, rtol=0, atol=1e-8)
+    one, other = (found.prompt.provenance["cross_validation"] for found in (shared, alone))
+    assert {**one, "curve": None, "loss": None} == {**other, "curve": None, "loss": None}
+    for mine, its in zip(one["curve"], other["curve"], strict=True):
+        assert mine == pytest.approx(its, abs=1e-8)
+
+
 def test_free_text(backbone):
     template = sp.Template.make("Review : {text} \n Sentiment :", " {label}")
     task = sp.Task.from_rows(make_reviews(12), [], [], template)
@@ -273,16 +287,7 @@ def test_free_text(backbone):
 
 
 def test_a_fold_that_diverges_stops_all(backbone, monkeypatch):
-    from softprompt.training import loop
-
-    real = loop.loss_and_gradient
-
-    def broken(backbone, rows, vectors, **more):
-        found = real(backbone, rows, vectors, **more)
-        found.loss = float("nan")
-        return found
-
-    monkeypatch.setattr(loop, "loss_and_gradient", broken)
+    spoil_losses(monkeypatch, lambda trainer: True)
     with pytest.raises(TrainingError, match="the loss became nan"):
         sp.tune(backbone, make_task(), **BASE, folds=2)
 

@@ -17,6 +17,7 @@ import softprompt as sp
 from softprompt.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.training.monitor import read_events
 from softprompt.training.sweep_plan import expected_runs, kept, make_plan, rungs
+from spoiled import spoil_losses
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 BEHIND = "Review : {text} {soft} \n Sentiment :"
@@ -79,6 +80,45 @@ def test_trials_that_end_are_the_runs_of_tune(backbone, halving):
         assert same(trial.prompt.vectors, alone.prompt.vectors), trial.settings
         assert trial.score == alone.validation.accuracy
         assert trial.step == alone.steps
+
+
+@pytest.mark.parametrize("input", ["Review : {text} \n Sentiment :", BEHIND])
+def test_trials_that_share_passes_are_the_runs_of_tune(backbone, monkeypatch, input):
+    from softprompt.training import together
+
+    real, sizes = together.losses_and_gradients, []
+
+    def counting(backbone, batches, prompts, **more):
+        sizes.append(len(prompts))
+        return real(backbone, batches, prompts, **more)
+
+    monkeypatch.setattr(together, "losses_and_gradients", counting)
+    task, deep = make_task(input=input), {"kind": "deep", "sink": 0}
+    trials = [*DIFFERENT, {**deep, "learning_rate": 0.1}]
+    found = sp.sweep(backbone, task, trials=trials, halving=0, share_passes=True, **BASE)
+    assert [trial.state for trial in found.trials] == ["finished"] * len(trials)
+    for trial in found.trials:
+        alone = sp.tune(backbone, task, **{**BASE, **trial.settings})
+        torch.testing.assert_close(trial.prompt.vectors, alone.prompt.vectors, rtol=0, atol=1e-8)
+        assert (trial.score, trial.step) == (alone.validation.accuracy, alone.steps)
+    # Five of one shape, one of them for five steps only, two deep ones, and one of seven tokens by itself.
+    assert sorted(sizes) == [1] * 9 + [2] * 9 + [4] * 4 + [5] * 5
+    assert sum(sizes) == sum(trial.step for trial in found.trials)
+
+
+def test_passes_are_shared_on_every_device_but_a_cpu(backbone, monkeypatch):
+    from softprompt.training import sweep, together
+
+    turns = []
+    real = together.advance
+    monkeypatch.setattr(sweep, "advance", lambda some, *given: turns.append(len(some)) or real(some, *given))
+    trials = {"grid": {"seed": [0, 1, 2]}, "halving": 0}
+    sp.sweep(backbone, make_task(), **trials, **BASE)
+    assert turns == [1, 1, 1]
+    assert not together.worthwhile(backbone)
+    monkeypatch.setattr(sweep, "worthwhile", lambda backbone: True)
+    sp.sweep(backbone, make_task(), **trials, **BASE)
+    assert turns == [1, 1, 1, 3]
 
 
 def test_placements_share_the_rows_and_the_texts(backbone, monkeypatch):
@@ -160,6 +200,26 @@ def test_rungs():
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [3, 9, 14])
+def test_trials_that_share_passes_go_on_after_an_interruption(backbone, halved, tmp_path, stop):
+    steps = 0
+
+    def interrupt(event):
+        nonlocal steps
+        steps += event["event"] == "step"
+        if event["event"] == "step" and steps == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    settings = dict(grid=GRID, halving=2, run_folder=tmp_path / "part", share_passes=True, **BASE)
+    stopped = sp.sweep(backbone, make_task(), listen=interrupt, **settings)
+    assert stopped.reason == "interrupted" and stop <= steps < stop + 8
+    resumed = sp.sweep(backbone, make_task(), resume=True, listen=interrupt, **settings)
+    assert steps == sum(trial.step for trial in halved.trials)  # nothing was computed twice
+    for one, other in zip(resumed.trials, halved.trials, strict=True):
+        assert (one.name, one.state, one.score, one.step) == (other.name, other.state, other.score, other.step)
+        torch.testing.assert_close(one.prompt.vectors, other.prompt.vectors, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("stop", [3, 10, 17])
@@ -245,22 +305,13 @@ def test_a_folder_that_holds_a_sweep(backbone, halved):
 @pytest.fixture
 def diverging(monkeypatch):
     """Every run whose learning rate is 7 has a loss that is not a number from its fourth step on."""
-    from softprompt.training.loop import Trainer
-
-    real = Trainer._gradient
-
-    def broken(self, batch, vectors):
-        found = real(self, batch, vectors)
-        if self.config.learning_rate == 7 and self.step >= 3:
-            found.loss = math.nan
-        return found
-
-    monkeypatch.setattr(Trainer, "_gradient", broken)
+    spoil_losses(monkeypatch, lambda trainer: trainer.config.learning_rate == 7 and trainer.step >= 3)
 
 
-def test_one_trial_diverges_and_the_others_go_on(backbone, diverging, tmp_path):
+@pytest.mark.parametrize("share_passes", [False, True])
+def test_one_trial_diverges_and_the_others_go_on(backbone, diverging, tmp_path, share_passes):
     grid = {"learning_rate": [0.2, 7.0, 0.5]}
-    settings = dict(grid=grid, halving=0, run_folder=tmp_path / "sweep", **BASE)
+    settings = dict(grid=grid, halving=0, run_folder=tmp_path / "sweep", share_passes=share_passes, **BASE)
     events = []
     found = sp.sweep(backbone, make_task(), listen=events.append, **settings)
     assert [trial.state for trial in found.trials] == ["finished", "finished", "diverged"]
@@ -269,7 +320,8 @@ def test_one_trial_diverges_and_the_others_go_on(backbone, diverging, tmp_path):
     assert "loss became nan" in json.loads((lost.run.folder / "result.json").read_text())["why"]
     for trial in found.trials[:2]:
         alone = sp.tune(backbone, make_task(), **{**BASE, **trial.settings})
-        assert same(trial.prompt.vectors, alone.prompt.vectors)
+        assert same(trial.prompt.vectors, alone.prompt.vectors) or share_passes
+        torch.testing.assert_close(trial.prompt.vectors, alone.prompt.vectors, rtol=0, atol=1e-8)
     steps = sum(event["event"] == "step" for event in events)
     again = sp.sweep(backbone, make_task(), listen=events.append, resume=True, **settings)
     assert again.trials[-1].state == "diverged"

@@ -300,16 +300,9 @@ def _of_all(pieces: Sequence[States], count: int) -> States:
     first = pieces[0]
     if all(piece is first for piece in pieces) and first.shared:
         return first  # constant text: the same for all rows of all members
-    wide = [_expanded(piece, count) for piece in pieces]
+    wide = [piece.expanded(count) for piece in pieces]
     lengths = (
         None if first.lengths is None else torch.cat([piece.lengths for piece in wide if piece.lengths is not None])
     )
     keys = [torch.cat(layers) for layers in zip(*(piece.keys for piece in wide), strict=True)]
     return States(keys, [torch.cat(layers) for layers in zip(*(piece.values for piece in wide), strict=True)], lengths)
-
-
-def _expanded(piece: States, count: int) -> States:
-    if not piece.size or piece.keys[0].shape[0] == count:
-        return piece
-    keys = [key.expand(count, -1, -1, -1) for key in piece.keys]
-    return States(keys, [value.expand(count, -1, -1, -1) for value in piece.values], piece.lengths)

@@ -132,7 +132,7 @@ def _tune_few(
         )
         if found is not None:
             tell({"event": "cross-validation", **found.to_dict()})
-            ended = all(run_to(trial.run, found.steps, asked) for trial in trials)
+            ended = run_to([trial.run for trial in trials], found.steps, asked)
     if found is None or not ended:
         return EnsembleResult([prompt_of(trial.run, "interrupted") for trial in trials], 0, "interrupted")
     prompts = [_finished(trial, found) for trial in trials]

@@ -31,6 +31,7 @@ from .run import Run, TuneResult, begin, finish, interruptible
 from .sweep import begin_all
 from .sweep_plan import SweepPlan
 from .sweep_trial import DIVERGED, Trial
+from .together import advance, turns, worthwhile
 
 FEW = 100  # rows; a tenth of as many, the default share for validation, would be under ten
 FOLDS = 5
@@ -165,7 +166,7 @@ class Folds:
         tell: Tell = lambda event: None,
     ):
         self.task, self.config, self.count, self.tell = task, config, count, tell
-        self.patience = patience
+        self.patience, self.together = patience, worthwhile(backbone)
         tasks = fold_tasks(task, count, config.seed)
         plan = SweepPlan(tuple({"fold": number, "seed": config.seed + number} for number in range(1, count + 1)), 0)
         configs = [config.model_copy(update={"seed": own["seed"], "tensorboard": False}) for own in plan.trials]
@@ -177,10 +178,10 @@ class Folds:
         """Advance all folds to the end, or to where `patience` ends them; None if that was interrupted."""
         means: dict[int, Validation] = {}
         for step in self.checks():
-            for trial in self.trials:
-                trial.advance(step / trial.steps, asked)
-                if trial.state == DIVERGED:
-                    raise TrainingError(trial.why)
+            for some in turns(self.trials, self.together):
+                advance(some, step / some[0].steps, asked)
+                if diverged := [trial for trial in some if trial.state == DIVERGED]:
+                    raise TrainingError(diverged[0].why)
                 if asked():
                     return None
             means[step] = found = self.mean(step)
@@ -296,7 +297,7 @@ def tune_few(
         if found is None:
             return finish(final, "interrupted")
         tell({"event": "cross-validation", **found.to_dict()})
-        if not run_to(final, found.steps, asked):
+        if not run_to([final], found.steps, asked):
             return finish(final, "interrupted")
     result = finish(final, "finished", baselines, validation=found.report)
     result.prompt.provenance["cross_validation"] = found.to_dict()
@@ -327,16 +328,19 @@ def cross_validate(
     return runs.run(asked)
 
 
-def run_to(run: Run, step: int, asked: Callable[[], bool]) -> bool:
-    """Train `run` up to `step` of its schedule and end it there; False if it was interrupted. TrainingError as tune."""
-    trial = Trial("all rows", {}, run)
-    if run.trainer.step >= step:  # resumed after its end
-        run.monitor.look_back(run.trainer.step)
-    trial.advance(step / run.trainer.steps, asked)
-    if trial.state == DIVERGED:
-        raise TrainingError(trial.why)
-    if run.trainer.step < step:
-        return False
-    if step < run.trainer.steps:
-        trial.log("end", reason="finished")
+def run_to(runs: Sequence[Run], step: int, asked: Callable[[], bool]) -> bool:
+    """Train `runs` up to `step` of their schedule and end them there; False if interrupted. TrainingError as tune."""
+    trials = [Trial("all rows", {}, run) for run in runs]
+    for run in runs:
+        if run.trainer.step >= step:  # resumed after its end
+            run.monitor.look_back(run.trainer.step)
+    for some in turns(trials, worthwhile(runs[0].backbone)):
+        advance(some, step / some[0].steps, asked)
+        if diverged := [trial for trial in some if trial.state == DIVERGED]:
+            raise TrainingError(diverged[0].why)
+        if any(trial.step < step for trial in some):
+            return False
+        for trial in some:
+            if step < trial.steps:
+                trial.log("end", reason="finished")
     return True

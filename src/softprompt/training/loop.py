@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,43 @@ class Validation:
         if self.score > score + self.error:
             return True
         return self.score >= score - self.error and self.loss < loss
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a step asks for: the loss of `rows` and its gradient at `vectors`, that is `loss_and_gradient` with the
+    other fields as its arguments."""
+
+    rows: Sequence[Row]
+    vectors: torch.Tensor
+    start: int
+    cache: StateCache
+    micro_batch_tokens: int
+
+    def answer(self, backbone: Backbone) -> LossAndGradient:
+        return loss_and_gradient(
+            backbone,
+            self.rows,
+            self.vectors,
+            micro_batch_tokens=self.micro_batch_tokens,
+            start=self.start,
+            cache=self.cache,
+        )
+
+
+# A run that stops at each step to ask, so that several can be answered together (together.py). Returns why it ended.
+Course = Generator[Question, LossAndGradient, str]
+
+
+def follow(course: Course, backbone: Backbone) -> str:
+    """Go through `course`, answering each of its questions; returns why it ended."""
+    with closing(course):
+        try:
+            question = next(course)
+            while True:
+                question = course.send(question.answer(backbone))
+        except StopIteration as end:
+            return str(end.value)
 
 
 def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -149,7 +187,7 @@ class Trainer:
         self.valley = Valley(min(config.batch_size, len(rows)))
         self.rescues = 0  # how often the run went back to its lowest loss
 
-    def run(self) -> str:
+    def course(self) -> Course:
         """Train to the end; returns why it ended: "finished", "no better score", or "interrupted"."""
         keep_texts(self.backbone, self.rows, self.start, self.texts, advance=self._texts_done)
         if self._without_gain():  # resumed after its end
@@ -160,7 +198,7 @@ class Trainer:
         for number, indices in enumerate(order):
             if number < self.step:
                 continue  # done before the run was resumed
-            self._train_step(self.world.share([self.rows[i] for i in indices]), len(indices))
+            yield from self._train_step(self.world.share([self.rows[i] for i in indices]), len(indices))
             if self.step % self._validation_interval() == 0 or self.step == self.steps:
                 self._validate()
             if self._without_gain():
@@ -183,10 +221,10 @@ class Trainer:
         patience = self.config.patience
         return patience is not None and self.without_gain >= patience and self.step < self.steps
 
-    def _train_step(self, batch: Sequence[Row], examples: int) -> None:
+    def _train_step(self, batch: Sequence[Row], examples: int) -> Generator[Question, LossAndGradient, None]:
         begun = time.perf_counter()
         vectors = self.parameters.vectors()
-        found = self._gradient(batch, vectors.detach())
+        found = yield self.question(batch, vectors.detach())
         tokens = float(self.world.sum(torch.tensor(float(found.tokens))))
         loss = float(self.world.sum(torch.tensor(found.loss, dtype=torch.float64))) / tokens
         gradient = self.world.sum(found.gradient).to("cpu", torch.float32) / tokens
@@ -234,11 +272,9 @@ class Trainer:
         copy: a checkpoint holds them as its best beside the mean itself, and no two tensors of a file share memory."""
         return (self.parameters.vectors().detach() if self.mean is None else self.mean).clone()
 
-    def _gradient(self, batch: Sequence[Row], vectors: torch.Tensor) -> LossAndGradient:
+    def question(self, batch: Sequence[Row], vectors: torch.Tensor) -> Question:
         budget = self.config.micro_batch_tokens or tokens_at_once(self.backbone.device)
-        return loss_and_gradient(
-            self.backbone, batch, vectors, micro_batch_tokens=budget, start=self.start, cache=self.texts
-        )
+        return Question(batch, vectors, self.start, self.texts, budget)
 
     def _clip(self) -> float:
         """Clip all gradients together, measured in units of the embedding RMS; returns the norm before."""

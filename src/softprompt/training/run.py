@@ -30,7 +30,7 @@ from ..text_store.store import open_texts
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import TuneConfig
 from .folder import CHECKPOINT, prepare, record, versions
-from .loop import Trainer, Validation
+from .loop import Course, Trainer, Validation, follow
 from .monitor import Listener, Monitor
 from .quiet_start import quiet
 from .transfer import AUTO, best_start, fitted
@@ -113,7 +113,11 @@ class Run:
     note: str = ""
 
     def go_on(self, stop: Callable[[], bool]) -> str:
-        """Train until the end or until `stop` says so after a step; returns why it ended (see `Trainer.run`)."""
+        """Train until the end or until `stop` says so after a step; returns why it ended (see `Trainer.course`)."""
+        return follow(self.course(stop), self.backbone)
+
+    def course(self, stop: Callable[[], bool]) -> Course:
+        """The same for whoever answers the questions of its steps."""
         trainer, monitor = self.trainer, self.monitor
         trainer.stop = stop
         monitor.open(trainer.step if self.resumed else None)
@@ -122,7 +126,7 @@ class Run:
             monitor.add("start", 0, **start)
         self.resumed = True
         try:
-            return trainer.run()
+            return (yield from trainer.course())
         finally:
             monitor.close()
 

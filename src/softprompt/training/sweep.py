@@ -28,6 +28,7 @@ from .monitor import Listener
 from .run import begin, encode_task, finish, interruptible, settle
 from .sweep_plan import HALVING, Settings, SweepPlan, expected_runs, kept, make_plan, rungs
 from .sweep_trial import DIVERGED, FINISHED, RUNNING, Trial, best_first, finite
+from .together import advance, turns, worthwhile
 
 STATE = "sweep.json"
 Tell = Callable[[dict[str, Any]], None]
@@ -62,6 +63,7 @@ def sweep(
     halving: int = HALVING,
     run_folder: str | Path | None = None,
     resume: bool = False,
+    share_passes: bool | None = None,
     listen: Listener | Sequence[Listener] = (),
     config_text: str | None = None,
     **settings: Any,
@@ -74,8 +76,10 @@ def sweep(
 
     halving: by successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) only the best one in `halving` trials
     goes on after 1/9, 1/3 (for 3) of the steps; 0 lets all run to the end. run_folder: where every trial's settings,
-    log, checkpoint and prompt go. resume: go on from there; the result is that of the undisturbed sweep. listen: called
-    with each event of each trial, with its "trial", and with those of the sweep ("sweep", "rung", "trial").
+    log, checkpoint and prompt go. resume: go on from there; the result is that of the undisturbed sweep. share_passes:
+    compute a step of all trials in one pass where they have the same rows and a prompt of the same shape; None: on
+    every device but a CPU. listen: called with each event of each trial, with its "trial", and with those of the sweep
+    ("sweep", "rung", "trial").
 
     A trial whose loss is not finite ends, and the others go on. Raises ConfigError (all mistakes in the settings),
     DataError (no rows to train or to compare on), OutputError (folder), TrainingError (all trials diverged).
@@ -97,8 +101,9 @@ def sweep(
     steps = sum(trial.steps for trial in racers) / len(racers) * expected_runs(len(racers), plan.halving)
     done = sum(trial.step for trial in racers)
     tell({"event": "sweep", "trials": [t.to_dict() for t in racers], "steps": round(steps), "done": done})
+    together = worthwhile(backbone) if share_passes is None else share_passes
     with interruptible() as asked:
-        finished = _race(racers, plan.halving, state, asked, tell)
+        finished = _race(racers, plan.halving, together, state, asked, tell)
     ordered = sorted(racers, key=lambda trial: trial.rank)
     if not finished:
         prompt = _best_so_far(ordered)
@@ -267,7 +272,9 @@ def _open_folder(
 # --- the race -------------------------------------------------------------------------------------------------------
 
 
-def _race(trials: list[Trial], halving: int, state: _State, asked: Callable[[], bool], tell: Tell) -> bool:
+def _race(
+    trials: list[Trial], halving: int, together: bool, state: _State, asked: Callable[[], bool], tell: Tell
+) -> bool:
     """Train all, dropping the losers at each rung; False if it was interrupted. Raises TrainingError (all diverged)."""
     for trial in trials:
         if trial.name in state.diverged:  # before the sweep was resumed
@@ -278,7 +285,7 @@ def _race(trials: list[Trial], halving: int, state: _State, asked: Callable[[], 
         if number < len(state.rungs):
             _drop(entered, state.rungs[number], tell)
             continue
-        if not _advance(entered, share, state, asked, tell):
+        if not _advance(entered, share, together, state, asked, tell):
             return False
         if share < 1:
             scores = {trial.name: found for trial in entered if trial.state == RUNNING and (found := trial.judge())}
@@ -296,17 +303,14 @@ def _race(trials: list[Trial], halving: int, state: _State, asked: Callable[[], 
     return True
 
 
-def _advance(trials: Sequence[Trial], share: float, state: _State, asked: Callable[[], bool], tell: Tell) -> bool:
-    """Train each of `trials` up to `share` of its steps; False if that was interrupted.
-
-    They are trained one after another. On a CPU a pass for several trials takes as long as a pass for each: the
-    products are bound by arithmetic. A device that is short of work would take the trials with the same rows together
-    here, step by step, with the rows of all in one pass and each row's attention on its own trial's soft tokens; the
-    gradient then comes as [trials, P, H], and each trial's optimiser steps by itself.
-    """
-    for trial in trials:
-        trial.advance(share, asked)
-        _note_diverged([trial], state, tell)
+def _advance(
+    trials: Sequence[Trial], share: float, together: bool, state: _State, asked: Callable[[], bool], tell: Tell
+) -> bool:
+    """Train each of `trials` up to `share` of its steps, step by step or one after another; False if that was
+    interrupted."""
+    for some in turns(trials, together):
+        advance(some, share, asked)
+        _note_diverged(some, state, tell)
         if asked():
             return False
     return True

@@ -14,7 +14,7 @@ from ..atomic import write_atomic
 from ..errors import TrainingError
 from ..prompt import SoftPrompt
 from .config import TuneConfig
-from .loop import NO_GAIN, Validation
+from .loop import NO_GAIN, Course, Validation, follow
 from .run import Run, prompt_of
 
 RUNNING, FINISHED, DROPPED, DIVERGED = "running", "finished", "dropped", "diverged"
@@ -82,17 +82,22 @@ class Trial:
 
     def advance(self, share: float, asked: Callable[[], bool]) -> None:
         """Train up to `share` of the steps, or until `asked` says to stop. A loss that is not finite ends the trial."""
+        follow(self.course(share, asked), self.run.backbone)
+
+    def course(self, share: float, asked: Callable[[], bool]) -> Course:
+        """The same for whoever answers the questions of its steps."""
         target, trainer = self.target(share), self.run.trainer
         if trainer.step >= target or self.exhausted:
-            return
+            return ""
         try:
-            reason = self.run.go_on(lambda: asked() or trainer.step >= target)
+            reason = yield from self.run.course(lambda: asked() or trainer.step >= target)
         except TrainingError as error:
             self.state, self.why = DIVERGED, str(error)
-            return
+            return ""
         self.exhausted = reason == NO_GAIN
         if reason == "interrupted":
             self.run.monitor.events.pop()  # its "end" is none: the next stretch goes on
+        return reason
 
     def judge(self) -> Validation | None:
         """The validation of its vectors as they are now; None if that is not finite, which ends the trial.

@@ -1,0 +1,100 @@
+"""Several prompts in one pass: loss and gradient of many small batches, each at a prompt of its own.
+
+An accelerator computes sixteen short rows in the time of a few hundred: what it waits for is to be told the next
+operation. So trials that are tuned over one frozen model ask together. Their rows stand in one line; each row's
+attention is on its own prompt, and each soft token is looked up in its own. What stands before all rows of a trial is
+one row of a pass over all trials. Rows never meet, so each gradient is that of its batch alone; the plain reference is
+`loss_and_gradient`, batch by batch (tests/test_shared_passes.py, to 1e-10 in float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .attention import Pass, StateCache
+from .backbone import Backbone
+from .computation import (
+    LossAndGradient,
+    before_rows,
+    embed_of_owners,
+    go_back,
+    known_tokens,
+    loss_and_gradient,
+    micro_batches,
+    shared_states,
+)
+from .losses import losses_of_hidden
+from .placement import Row, in_line, shared_length
+
+
+@dataclass(frozen=True)
+class OwnedRow(Row):
+    """A row that reads prompt number `owner`."""
+
+    owner: int = 0
+
+
+def losses_and_gradients(
+    backbone: Backbone,
+    batches: Sequence[Sequence[Row]],
+    prompts: Sequence[torch.Tensor],
+    *,
+    micro_batch_tokens: int = 1024,
+    start: int | None = None,
+    cache: StateCache | None = None,
+) -> list[LossAndGradient]:
+    """`loss_and_gradient` of each of K batches of rows at its own prompt, in passes that they share.
+
+    prompts: K prompts of one shape. start: how many leading ids all rows of all batches have in common; by default what
+    these do. The other arguments are those of `loss_and_gradient`. A model without the fast path takes the batches one
+    by one.
+    """
+    assert len(batches) == len(prompts) and len({prompt.shape for prompt in prompts}) == 1
+    if backbone.fast and len(prompts) > 1:
+        found = _together(backbone, batches, torch.stack(list(prompts)), micro_batch_tokens, start, cache)
+        # A prompt that is no longer finite spoils every pass that it is part of: 0 x nan of what is masked is nan.
+        if all(math.isfinite(each.loss) and bool(each.gradient.isfinite().all()) for each in found):
+            return found
+    return [
+        loss_and_gradient(backbone, batch, vectors, micro_batch_tokens=micro_batch_tokens, start=start, cache=cache)
+        for batch, vectors in zip(batches, prompts, strict=True)
+    ]
+
+
+def _together(
+    backbone: Backbone,
+    batches: Sequence[Sequence[Row]],
+    prompts: torch.Tensor,
+    budget: int,
+    start: int | None,
+    cache: StateCache | None,
+) -> list[LossAndGradient]:
+    precise = torch.promote_types(torch.float32, backbone.dtype)
+    leaf = prompts.detach().to(backbone.device, precise).requires_grad_()  # [K, P, H] or [K, L, 2, heads, P, D]
+    rows = [OwnedRow(row.ids, row.answer, owner) for owner, batch in enumerate(batches) for row in batch]
+    assert all(row.answer < len(row.ids) for row in rows), "every row needs an answer"
+    start = shared_length(rows) if start is None else start
+    shared = shared_states(backbone, rows[0].ids[:start], leaf, cache)
+    learns = shared.size > 0 and shared.keys[0].requires_grad
+    leaves = shared.detached() if learns else shared
+    losses = torch.zeros(len(batches), dtype=torch.float64)
+    for batch in micro_batches(rows, start, budget, known=known_tokens(start, leaf, cache)):
+        owners = torch.tensor([row.owner for row in batch], device=backbone.device)
+        front = leaves.of_rows(owners) if leaves.rows == len(batches) else leaves
+        before, starts = before_rows(backbone, batch, start, front, leaf[owners], cache)
+        line = in_line(batch, starts, backbone.device)
+        whose = owners.repeat_interleave(torch.tensor(line.lengths, device=backbone.device))
+        passed = Pass(line.lengths, before, device=backbone.device)
+        hidden = backbone.hidden(embed_of_owners(backbone, line.ids, whose, leaf), line.positions, passed, line.scored)
+        each, gradient = losses_of_hidden(hidden, line.targets, backbone.head, backbone.vocab_size)
+        hidden.backward(gradient)
+        losses.index_add_(0, whose[line.scored].cpu(), each.double().cpu())
+    if learns:
+        go_back(shared, leaves)
+    gradients = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+    tokens = [sum(len(row.ids) - row.answer for row in batch) for batch in batches]
+    return [LossAndGradient(*found) for found in zip(losses.tolist(), tokens, gradients, strict=True)]
