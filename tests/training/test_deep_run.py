@@ -11,7 +11,7 @@ from softprompt.computation import deep_from_tokens
 from softprompt.errors import BackboneMismatchError, ConfigError
 from softprompt.evaluation.runner import make_encoder
 from softprompt.placement import Row
-from softprompt.training.parameters import KEYS, VALUES, make_parameters
+from softprompt.training.parameters import KEYS, VALUES, make_optimizer, make_parameters
 from softprompt.training.run import _text_states
 from tiny_models import make_backbone, make_tokenizer
 
@@ -33,6 +33,23 @@ def test_the_loss_falls_and_only_the_prompt_changed(backbone, input):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
     assert result.prompt.kind == "deep" and result.prompt.vectors.shape == (3, 2, 2, 4, 8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize(("shape", "reparametrisation"), [((3, 2, 2, 4, 8), "none"), ((4, 8), "residual")])
+def test_a_first_step_is_about_the_learning_rate_long(optimizer, shape, reparametrisation):
+    """In units of the start's size: neither optimiser may forget that, and zeros are a start like any other."""
+    initial, gradient = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    rms = 0.1
+    parameters = make_parameters(initial * rms, reparametrisation, rms, 0)
+    found = make_optimizer(parameters, optimizer, 0.05, 0.0, rms)
+    before = {name: parameter.clone() for name, parameter in parameters.named_parameters()}
+    parameters.vectors().backward(gradient)
+    found.step()
+    units = {"delta": 1.0, "embedding": rms, "scale": 0.1}  # a network has a tenth of the rate
+    for name in units.keys() & before.keys():
+        moved = (parameters.get_parameter(name) - before[name]).detach().square().mean().sqrt()
+        assert 0.6 * 0.05 * units[name] < float(moved) < 1.3 * 0.05 * units[name], name
 
 
 def test_keys_and_values_are_learned_in_their_own_units_by_layer():

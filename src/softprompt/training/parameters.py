@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -112,17 +113,19 @@ def make_optimizer(
     """AdamW or Adafactor with a learning rate in units of the embedding table's RMS.
 
     Adam moves each number by about its learning rate, so for the vectors it is multiplied by the RMS; the residual
-    network and a deep prompt work on numbers of size one and are not. torch's Adafactor scales by the RMS of each
-    parameter by itself.
+    network and a deep prompt work on numbers of size one and are not. torch's Adafactor multiplies it with the RMS of
+    each parameter itself, which is right for vectors; what begins at zero would never leave it, so there the RMS counts
+    as at least one.
     """
-    if isinstance(parameters, DeepPromptParameters):
-        learned, unit = parameters.delta, 1.0
-    else:
-        learned = parameters.embedding
+    deep = isinstance(parameters, DeepPromptParameters)
+    learned, unit = (parameters.delta, 1.0) if deep else (parameters.embedding, unit)
     network = list(parameters.network()) if isinstance(parameters, ResidualPromptParameters) else []
-    if name == "adafactor":
-        return torch.optim.Adafactor([learned, *network], lr=learning_rate, weight_decay=weight_decay, eps=(None, 1e-3))
-    groups = [{"params": [learned], "lr": learning_rate * unit}]
+    adam = name == "adamw"
+    groups: list[dict[str, Any]] = [{"params": [learned], "lr": learning_rate * (unit if adam else 1.0)}]
     if network:
         groups.append({"params": network, "lr": learning_rate * 0.1})
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=False)
+    if adam:
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=False)
+    for group in groups:
+        group["eps"] = (None, 1e-3 if group["params"][0] is learned and not deep else 1.0)
+    return torch.optim.Adafactor(groups, weight_decay=weight_decay)
