@@ -2,8 +2,9 @@
 
 `python docs/results/make_summary.py FOLDER...` reads FOLDER/cells/*.json of each; a cell that stands in several is
 taken from the last. Without a folder it reads those in `cells/` beside it, which `--keep` copies there first. Cells
-hold no text of the data. docs/accuracy.md gets its tables between its markers, also those of `defaults/*.json` and
-`transfer/*.json`, the documents of benchmarks/defaults.py and benchmarks/transfer.py.
+hold no text of the data. docs/accuracy.md gets its tables between its markers: of the first model, by size of all
+models, and those of `defaults/*.json` and `transfer/*.json`, the documents of benchmarks/defaults.py and
+benchmarks/transfer.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from softprompt.comparison.catalogue import METHODS, SOFT
 from softprompt.comparison.figures import all_figures, as_file
 from softprompt.comparison.store import DONE, Store
-from softprompt.comparison.summary import as_share, averages, document, summarise, to_csv
+from softprompt.comparison.summary import as_share, averages, averages_by_size, document, summarise, to_csv
 from softprompt.training.config import TuneConfig
 
 HERE = Path(__file__).parent
@@ -80,6 +81,19 @@ def cost_table(lines: Sequence[Line]) -> list[str]:
             f"| {row['train_seconds'] or 0:.0f} | {rate} | {(row['peak_memory_bytes'] or 0) / 1e9:.1f} "
             f"| {row['switch_seconds'] or 0:.2f} |"
         )
+    return made
+
+
+def size_table(lines: Sequence[Line]) -> list[str]:
+    """A row a model, smallest first, a column a method: means over tasks that are the same for all, in hundredths."""
+    found = averages_by_size(lines)
+    methods = [name for name in METHODS if any(line["method"] == name for line in found)]
+    made = [f"| model | parameters | tasks | {' | '.join(methods)} |", "|---" * (len(methods) + 3) + "|"]
+    for model in dict.fromkeys(line["model"] for line in found):
+        own = {line["method"]: line for line in found if line["model"] == model}
+        some = next(iter(own.values()))
+        scores = [f"{100 * own[name]['score']:.1f}" if name in own else "" for name in methods]
+        made.append(f"| {model} | {some['model_parameters']:,} | {some['tasks']} | {' | '.join(scores)} |")
     return made
 
 
@@ -207,7 +221,9 @@ def main(arguments: list[str], out: Path = HERE, page: Path | None = PAGE) -> in
     for name, figure in all_figures(lines).items():
         (out / f"{name}.svg").write_bytes(as_file(figure))
     if page is not None:
-        made = {"scores": score_table(lines), "targets": target_table(lines), "costs": cost_table(lines)}
+        first = [line for line in lines if line["model"] == lines[0]["model"]]
+        made = {"scores": score_table(first), "targets": target_table(first), "costs": cost_table(first)}
+        made["sizes"] = size_table(lines)
         for name, table in (("defaults", defaults_table), ("transfer", transfer_table)):
             made[name] = table([read_json(path) for path in sorted((out / name).glob("*.json"))])
         text = page.read_text(encoding="utf-8")

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from softprompt.comparison.catalogue import METHODS
-from softprompt.comparison.figures import ORDER, all_figures, size_view
+from softprompt.comparison.figures import ORDER, all_figures
 from softprompt.comparison.measure import Meter, energy
 from softprompt.comparison.report import number, p_value, seconds, size, write_results
 from softprompt.comparison.store import write_cell
-from softprompt.comparison.summary import averages, summarise, to_csv
+from softprompt.comparison.summary import averages, averages_by_size, summarise, to_csv
 
 
 def make_cell(method: str, accuracy: float, task: str = "sst2", model: str = "m", seed: int = 0, **more: Any) -> Any:
@@ -75,10 +75,24 @@ def test_scores_in_hundredths_are_averaged_as_shares() -> None:
 def test_the_view_by_size_takes_the_tasks_that_all_models_have() -> None:
     cells = [make_cell("prompt", 0.6, "a", "small"), make_cell("prompt", 0.1, "b", "small")]
     cells += [make_cell("prompt", 0.9, "a", "large", model_parameters=5_000_000)]
-    shown = [(line["model"], line["score"]) for line in size_view(summarise(cells))]
+    shown = [(line["model"], line["score"]) for line in averages_by_size(summarise(cells))]
     assert shown == [("small", pytest.approx(0.6)), ("large", pytest.approx(0.9))]
     assert "sizes" in all_figures(summarise(cells))
     assert "sizes" not in all_figures(summarise(cells[:2]))
+
+
+def test_the_view_by_size_has_the_same_tasks_for_all_and_methods_that_one_model_has() -> None:
+    cells = [make_cell(m, 0.5, task, "small") for m in ("deep", "lora") for task in ("a", "b", "c")]
+    large: dict[str, Any] = {"model": "large", "model_parameters": 5_000_000}
+    cells += [make_cell("deep", 0.8, task, **large) for task in ("a", "b", "c")]
+    cells += [make_cell("lora", 0.7, task, **large) for task in ("b", "c", "d")]
+    cells += [make_cell("full", 0.6, task, "small") for task in ("b", "c")]  # the large one does not fit
+    cells += [make_cell("prompt", 0.6, "a", "small"), make_cell("prompt", 0.6, "a", **large)]  # too few to narrow
+    found = averages_by_size(summarise(cells))
+    assert {(line["model"], line["method"], line["tasks"]) for line in found} == {
+        *(("small", method, 2) for method in ("deep", "lora", "full")),
+        *(("large", method, 2) for method in ("deep", "lora")),
+    }
 
 
 class Page(HTMLParser):
@@ -110,7 +124,7 @@ def test_files_that_are_written(tmp_path: Path) -> None:
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text and "src=" not in text
 
 
-TABLES = ("scores", "targets", "costs")
+TABLES = ("scores", "targets", "costs", "sizes")
 
 
 def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,19 +134,22 @@ def test_cells_of_several_folders_go_into_one_summary(tmp_path: Path, capsys: py
     for folder, cells in {
         "night1": [make_cell("lora", 0.8), make_cell("deep", 0.7), without("full", "failed")],
         "night2": [make_cell("lora", 0.9, seed=1), make_cell("deep", 0.75)],
+        "night3": [make_cell("deep", 0.4, model="small", model_parameters=5_000)],
     }.items():
         for cell in cells:
-            write_cell(tmp_path / folder / "cells" / f"{cell['method']}{cell['seed']}.json", cell)
+            write_cell(tmp_path / folder / "cells" / f"{cell['model']}.{cell['method']}{cell['seed']}.json", cell)
     page = tmp_path / "accuracy.md"
     page.write_text("".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in (*TABLES, "defaults", "transfer")))
-    nights = [str(tmp_path / "night1"), str(tmp_path / "night2")]
+    nights = [str(tmp_path / f"night{number}") for number in (1, 2, 3)]
     assert make_summary.main(nights, tmp_path, page) == 0
-    lines = {line["method"]: line for line in json.loads((tmp_path / "summary.json").read_text())["cells"]}
+    cells = json.loads((tmp_path / "summary.json").read_text())["cells"]
+    lines = {line["method"]: line for line in cells if line["model"] == "m"}
     assert lines["lora"]["seeds"] == 2 and lines["lora"]["score"] == pytest.approx(0.85)
     assert lines["deep"]["seeds"] == 1 and lines["deep"]["score"] == 0.75
     text = page.read_text()
     assert "old" not in text and "**85.0**" in text and "failed" in text
     assert "| deep | -10.0 on 1 tasks |" in text and "| ? on 0 tasks |" in text
+    assert "| small | 5,000 | 1 | 40.0 |  |\n| m | 1,000,000 | 1 | 75.0 | 85.0 |" in text and "40.0 (" not in text
     assert make_summary.main([str(tmp_path / "nowhere")], tmp_path, page) == 2
     kept = tmp_path / "kept"
     assert make_summary.main(["--keep", *nights], kept, page) == 0 and page.read_text() == text

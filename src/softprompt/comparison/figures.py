@@ -8,7 +8,7 @@ from typing import Any
 from ..inspection import plots
 from .catalogue import METHODS
 from .store import DONE
-from .summary import as_share, averages
+from .summary import as_share, averages, averages_by_size
 
 Line = dict[str, Any]
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart; legible on light and dark.
@@ -82,7 +82,7 @@ def cost_figure(lines: Sequence[Line], key: str, label: str) -> plots.Figure | N
 def size_figure(lines: Sequence[Line]) -> plots.Figure | None:
     """Mean score against the model's size, one line a method: the figure that made prompt tuning known (Lester et al.
     2021, figure 1). None for a single model."""
-    shown = size_view(lines)
+    shown = averages_by_size(lines)
     if len({x["model"] for x in shown}) < 2:
         return None
 
@@ -98,24 +98,14 @@ def size_figure(lines: Sequence[Line]) -> plots.Figure | None:
         axes.legend(loc="best", fontsize=8)
 
     said = "; ".join(f"{x['method']} at {x['model_parameters']:,}: {x['score']:.3f}" for x in shown)
-    caption = f"Mean score over the {shown[0]['tasks']} tasks that all models have, by size of the model."
+    caption = f"Mean score over {shown[0]['tasks']} tasks, the same for all, by size of the model."
     return plots.Figure(plots._render("sizes", draw, (6.0, 3.8)), said, caption)
-
-
-def size_view(lines: Sequence[Line]) -> list[Line]:
-    """Averages over the tasks that every model has, by size of the model."""
-    models = list(dict.fromkeys(line["model"] for line in lines))
-    tasks = [{x["task"] for x in lines if x["model"] == model and x["status"] == DONE} for model in models]
-    shared = set.intersection(*tasks) if tasks else set()
-    return sorted(
-        averages([line for line in lines if line["task"] in shared]), key=lambda x: (x["model_parameters"], x["model"])
-    )
 
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:
     if max(values) > 3 * min(values):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
         axes.xaxis.set_minor_formatter("")
 
 

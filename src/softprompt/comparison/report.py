@@ -12,9 +12,9 @@ from typing import Any
 from .. import __version__
 from ..atomic import write_atomic
 from .catalogue import METHODS
-from .figures import all_figures, as_file, size_view
+from .figures import all_figures, as_file
 from .store import DONE
-from .summary import averages, document, summarise, to_csv
+from .summary import averages, averages_by_size, document, summarise, to_csv
 
 
 def write_results(folder: str | Path, cells: Sequence[dict[str, Any]], name: str = "") -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def page_data(
         "machines": list(dict.fromkeys(in_words(cell["machine"]) for cell in done)),
         "about": [(name, METHODS[name].about) for name in METHODS if any(x["method"] == name for x in lines)],
         "averages": [{**x, **shown_costs(x)} for x in averages(lines)],
-        "sizes": size_view(lines) if several else [],
+        "sizes": averages_by_size(lines) if several else [],
         "groups": groups,
         "figures": list(figures.values()),
         "left_out": [x for x in lines if x["reason"]],

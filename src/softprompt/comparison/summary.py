@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .catalogue import METHODS, PERCENT
@@ -78,24 +78,47 @@ def averages(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = []
     for model in dict.fromkeys(line["model"] for line in lines):
-        done = [line for line in lines if line["model"] == model and line["status"] == DONE]
-        tasks = {name: {x["task"] for x in done if x["method"] == name} for name in METHODS}
-        most = max((len(some) for some in tasks.values()), default=0)
-        kept = [name for name in METHODS if 2 * len(tasks[name]) > most]
-        shared = set.intersection(*(tasks[name] for name in kept)) if kept else set()
-        for name in kept if shared else []:
-            some = [line for line in done if line["method"] == name and line["task"] in shared]
-            found.append(
-                {
-                    "model": model,
-                    "method": name,
-                    "model_parameters": some[0]["model_parameters"],
-                    "tasks": len(some),
-                    "score": sum(as_share(line) for line in some) / len(some),
-                    **{key: _mean(line[key] for line in some) for key in (*COSTS, *LARGEST)},
-                }
-            )
+        tasks = {name: _done(lines, model, name) for name in METHODS}
+        kept, shared = _in_common(tasks)
+        found += [_average(lines, model, name, shared) for name in kept if shared]
     return found
+
+
+def averages_by_size(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for several models, over tasks that are the same for all of them, smallest model first.
+
+    The tasks are those that all methods with results in every model have done in every model, but for methods with few
+    results as in `averages`. A method that only some models have (the others being too large for it) stands at these.
+    """
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    done = {(model, name): _done(lines, model, name) for model in models for name in METHODS}
+    everywhere = {name: set.intersection(*(done[model, name] for model in models)) for name in METHODS if models}
+    _, shared = _in_common(everywhere)
+    found = [_average(lines, *key, shared) for key, tasks in done.items() if shared and shared <= tasks]
+    return sorted(found, key=lambda line: (line["model_parameters"], line["model"]))
+
+
+def _done(lines: Sequence[dict[str, Any]], model: str, method: str) -> set[str]:
+    return {x["task"] for x in lines if (x["model"], x["method"], x["status"]) == (model, method, DONE)}
+
+
+def _in_common(tasks: Mapping[str, set[str]]) -> tuple[list[str], set[str]]:
+    """The methods with more than half as many tasks as the one with most, and the tasks that all of these have."""
+    most = max((len(some) for some in tasks.values()), default=0)
+    kept = [name for name, some in tasks.items() if 2 * len(some) > most]
+    return kept, set.intersection(*(tasks[name] for name in kept)) if kept else set()
+
+
+def _average(lines: Sequence[dict[str, Any]], model: str, method: str, tasks: set[str]) -> dict[str, Any]:
+    some = [x for x in lines if (x["model"], x["method"]) == (model, method) and x["task"] in tasks]
+    return {
+        "model": model,
+        "method": method,
+        "model_parameters": some[0]["model_parameters"],
+        "tasks": len(some),
+        "score": sum(as_share(line) for line in some) / len(some),
+        **{key: _mean(line[key] for line in some) for key in (*COSTS, *LARGEST)},
+    }
 
 
 def as_share(line: dict[str, Any], key: str = "score") -> float:
