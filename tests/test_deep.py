@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from softprompt.attention import Pass, StateCache
-from softprompt.computation import answer_log_probability, is_deep, keep_texts, loss_and_gradient, prompt_length
+from softprompt.computation import (
+    answer_log_probability,
+    deep_from_tokens,
+    is_deep,
+    keep_texts,
+    loss_and_gradient,
+    prompt_length,
+)
 from softprompt.errors import BackboneError, TemplateError
 from softprompt.evaluation.generation import Sampling, generate_tokens
 from softprompt.evaluation.scoring import score_labels
@@ -162,3 +169,13 @@ def test_something_must_be_read_after_a_deep_prompt(backbone, placement):
     for exact in (False, True):
         with pytest.raises((TemplateError, BackboneError), match=r"text between|only stand at the very front"):
             loss_and_gradient(backbone, rows, vectors, exact_reference=exact)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_more_tokens_than_the_models_own_cache_keeps_are_refused(name):
+    backbone = make_backbone(name)
+    vectors = torch.randn(12, backbone.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert deep_from_tokens(backbone, vectors).shape[3] == 12  # the fast path keeps all, and cuts the window itself
+    backbone._fast = False
+    with pytest.raises(BackboneError, match=r"keeps no more than 7 tokens .* a deep prompt of 12 needs them all"):
+        deep_from_tokens(backbone, vectors)

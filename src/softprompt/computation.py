@@ -25,7 +25,7 @@ import torch
 
 from .attention import Pass, StateCache, States, join
 from .backbone import Backbone
-from .errors import TemplateError
+from .errors import BackboneError, TemplateError
 from .losses import PIECE, log_probabilities, losses_of_hidden, summed_cross_entropy
 from .placement import Line, Row, embed_with_soft, first_soft, in_line, in_rectangle, shared_length
 from .rotary import moved
@@ -70,7 +70,10 @@ def deep_states(backbone: Backbone, vectors: torch.Tensor) -> States:
 
 @torch.no_grad()
 def deep_from_tokens(backbone: Backbone, vectors: torch.Tensor) -> torch.Tensor:
-    """The deep prompt [L, 2, K, P, D] that says what the embeddings [P, H] say: the states they have at the front."""
+    """The deep prompt [L, 2, K, P, D] that says what the embeddings [P, H] say: the states they have at the front.
+
+    Raises BackboneError where the model's own cache forgets some of them, since P is longer than its sliding window.
+    """
     precise = torch.promote_types(torch.float32, backbone.dtype)
     soft = [-(i + 1) for i in range(len(vectors))]
     if backbone.fast:
@@ -80,6 +83,11 @@ def deep_from_tokens(backbone: Backbone, vectors: torch.Tensor) -> torch.Tensor:
         embeddings = embed_with_soft(torch.tensor([soft], device=backbone.device), vectors, backbone.embed)
         cache = backbone.model(inputs_embeds=embeddings, use_cache=True).past_key_values
         layers = [(layer.keys, layer.values) for layer in cache.layers]
+        if kept := [key.shape[2] for key, _ in layers if key.shape[2] != len(vectors)]:
+            raise BackboneError(
+                f"{backbone.name} keeps no more than {min(kept)} tokens in a layer with a sliding window, a deep "
+                f"prompt of {len(vectors)} needs them all: tune fewer tokens, or an embedding prompt"
+            )
     return torch.stack([torch.stack([key[0], value[0]]) for key, value in layers]).to("cpu", precise)
 
 
@@ -534,7 +542,7 @@ def _backward_of_line(
     hidden = backbone.hidden(embeddings, positions, passed, scored)
     losses, gradient = losses_of_hidden(hidden, targets, backbone.head, backbone.vocab_size)
     hidden.backward(gradient)
-    return float(losses.double().sum())
+    return float(losses.cpu().double().sum())  # there are devices without float64
 
 
 @torch.no_grad()

@@ -87,6 +87,21 @@ def test_a_damaged_folder_is_shown_and_told_by_doctor(cli, texts) -> None:
     assert cli("cache", "clear").code == 0 and (texts / "a file").exists()
 
 
+def test_clear_removes_nothing_that_is_not_the_caches(cli, texts) -> None:
+    make_shard(texts / "one", 10, 0)
+    shard = make_shard(texts / "two", 10, 0)
+    notes, novel = texts / "two" / "notes.txt", texts / "my novel" / "chapter 1.txt"
+    notes.write_text("mine")
+    novel.parent.mkdir()
+    novel.write_text("mine too")
+    assert len(cli("cache", "--json").json["models"]) == 2
+    called = cli("cache", "clear")
+    assert called.code == 0 and called.out.startswith("removed 6 texts")
+    assert f"{notes.parent} holds files that are not the cache's; they were left" in called.err
+    assert notes.read_text() == "mine" and novel.read_text() == "mine too"
+    assert not shard.exists() and not (texts / "one").exists()
+
+
 # --- the bound ------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import torch
 
 from softprompt.comparison.catalogue import METHODS
 from softprompt.comparison.figures import ORDER, all_figures
-from softprompt.comparison.measure import Meter, energy
+from softprompt.comparison.measure import Meter, energy, gpu_energy
 from softprompt.comparison.report import number, p_value, seconds, size, write_results
 from softprompt.comparison.store import write_cell
 from softprompt.comparison.summary import averages, averages_by_size, summarise, to_csv
@@ -242,3 +242,23 @@ def test_the_peak_of_memory_is_that_of_what_is_measured() -> None:
     if meter.peak_bytes is None or meter.before_bytes is None:
         pytest.skip("this system does not tell a process's peak of memory")
     assert 60 << 20 < meter.peak_bytes - meter.before_bytes < 200 << 20
+
+
+def test_energy_of_a_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the processor's. No GPU here: what NVML would be asked and answer is played."""
+    from types import SimpleNamespace
+
+    device, spent = torch.device("cuda"), iter([5_000, 7_500])
+    assert gpu_energy(device) is None
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    known = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID={"GPU-12-34": "the card"}.__getitem__,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(spent) if handle == "the card" else None,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", known)
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    with Meter(device) as meter:
+        pass
+    assert meter.joules == pytest.approx(2.5)

@@ -78,6 +78,17 @@ def test_other_scores_are_tested_by_a_paired_bootstrap() -> None:
     assert same["p"] == 1.0 and same["difference"] == 0
 
 
+def test_a_difference_of_corpus_scores_lies_in_its_interval() -> None:
+    """chrf and bleu of a corpus are no means of sentence scores, by which rows are drawn."""
+    generator = np.random.default_rng(0)
+    base = generator.uniform(30, 50, size=200)
+    best = [values_cell(base, metric="bleu", score=61.0)]
+    other = [values_cell(base - 3 + generator.normal(size=200), metric="bleu", score=51.0)]
+    found = compare_pair(best, other)
+    assert found["difference"] == pytest.approx(-10)
+    assert -10.5 < found["low"] < -10 < found["high"] < -9.5 and found["p"] < 0.01
+
+
 def test_other_rows_are_not_paired() -> None:
     found = compare_pair([values_cell([0.1, 0.2])], [values_cell([0.1, 0.2, 0.3])])
     assert found["p"] is None and found["test"] is None

@@ -156,6 +156,15 @@ def test_not_a_number_stops_with_the_last_checkpoint_kept(backbone, tmp_path, mo
     assert kept.facts["step"] == 4 and all(torch.isfinite(t).all() for t in kept.tensors.values())
 
 
+def test_dropout_is_off_whatever_the_caller_did_with_the_model():
+    backbone = make_backbone("gpt2", torch.float32, make_tokenizer())
+    assert backbone.text_config.resid_pdrop == backbone.text_config.attn_pdrop == 0.1
+    still = sp.tune(backbone, make_task(), **{**SETTINGS, "steps": 3})
+    backbone.model.train()
+    dropping = sp.tune(backbone, make_task(), **{**SETTINGS, "steps": 3})
+    assert torch.equal(dropping.prompt.vectors, still.prompt.vectors)
+
+
 def test_early_stopping(backbone):
     result = sp.tune(backbone, make_task(), **{**SETTINGS, "learning_rate": 1e-9, "steps": 50, "patience": 2})
     assert result.reason == "no better score" and result.steps == 9

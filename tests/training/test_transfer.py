@@ -7,6 +7,7 @@ import torch
 from test_run import SETTINGS, make_task
 
 import softprompt as sp
+from softprompt.computation import deep_from_tokens
 from softprompt.errors import ConfigError
 from softprompt.training import transfer
 from softprompt.training.transfer import ROWS, best_start, fitted
@@ -49,7 +50,16 @@ def test_tune_starts_from_the_best_of_the_library(backbone, library):
     result = sp.tune(backbone, make_task(), **{**SETTINGS, "init": f"auto:{library}", "steps": 1})
     assert torch.equal(result.initial, sp.SoftPrompt.load(library / "good").vectors)
     deep = sp.tune(backbone, make_task(), **{**SETTINGS, "init": f"auto:{library}", "steps": 1, "kind": "deep"})
-    assert "the ordinary start, the best of 1" in next(e["init"] for e in deep.history if e["event"] == "start")
+    assert "the best of 3 starts" in next(e["init"] for e in deep.history if e["event"] == "start")
+
+
+def test_a_deep_prompt_starts_from_embeddings_by_their_states_but_not_the_other_way(backbone, library, tmp_path):
+    good = sp.SoftPrompt.load(library / "good").vectors
+    silent = torch.zeros_like(deep_from_tokens(backbone, good))
+    vectors, said = best_start(backbone, make_task(), library, silent)
+    assert torch.equal(vectors, deep_from_tokens(backbone, good)) and said.startswith(str(library / "good"))
+    sp.SoftPrompt(vectors, make_task().template).save(tmp_path / "deep")
+    assert "the best of 1 starts" in best_start(backbone, make_task(), tmp_path, torch.zeros(4, 32))[1]
 
 
 def test_of_a_large_library_like_prompts_are_tried_together(backbone, library, tmp_path, monkeypatch):

@@ -97,9 +97,12 @@ def _clear(out: Output, kept: list[Kept]) -> None:
     from ..text_store import folders
 
     try:
-        freed = folders.clear(kept)
+        left = folders.clear(kept)
     except OSError as error:
         raise OutputError(f"cannot remove {error.filename}: {error.strerror or error}") from error
-    texts = sum(each.texts for each in kept)
+    texts, freed = sum(each.texts for each in kept), sum(each.bytes for each in kept)
     out.show(f"removed {texts:,} texts, {folders.size_in_words(freed)}" if kept else "there was nothing to remove")
-    out.document({"removed": [str(each.folder) for each in kept], "texts": texts, "bytes": freed})
+    for folder in left:
+        out.warn(f"{folder} holds files that are not the cache's; they were left")
+    removed = [str(each.folder) for each in kept if each.folder not in left]
+    out.document({"removed": removed, "texts": texts, "bytes": freed})

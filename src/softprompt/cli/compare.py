@@ -83,8 +83,10 @@ def tables(lines: list[dict[str, Any]]) -> list[Any]:
     from .scores import table
 
     several = len({line["model"] for line in lines}) > 1
-    costs = ("parameters", "disk", "memory", "time", "rate_of_examples", "switch", "added")
-    heads = ("trained", "on disk", "memory", "training", "examples/s", "switch", "added a row")
+    costs = ["parameters", "disk", "memory", "time", "rate_of_examples", "switch", "added"]
+    heads = ["trained", "on disk", "memory", "training", "examples/s", "switch", "added a row"]
+    if any(line.get("energy_joules") is not None for line in lines):
+        costs, heads = [*costs, "energy"], [*heads, "energy"]
     first = table("task", *(["model"] if several else []), "method", "score", "95 % interval", "seeds", "p", *heads)
     for line in lines:
         row, models = shown(line), [line["model"]] if several else []

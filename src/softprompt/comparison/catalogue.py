@@ -34,7 +34,7 @@ METHODS: dict[str, MethodFacts] = {
     "deep": MethodFacts("trained keys and values in each layer", (0.02, 0.05, 0.15), 0.0),
     "deep-behind": MethodFacts("the same, before the last word of the text", (0.02, 0.05, 0.15), 0.0),
     "lora": MethodFacts("PEFT's LoRA, rank 8 on all linear layers", (1e-3, 3e-3, 1e-2)),
-    "peft-prompt": MethodFacts("PEFT's prompt tuning as its guide sets it", (1e-3, 1e-2, 3e-2), 3e-2),
+    "peft-prompt": MethodFacts("PEFT's prompt tuning as its guide sets it", (1e-2, 3e-2, 1e-1), 3e-2),
     "full": MethodFacts("all weights of a copy of the model", (3e-5, 1e-4, 3e-4)),
 }
 SOFT = ("prompt", "prompt-behind", "deep", "deep-behind")

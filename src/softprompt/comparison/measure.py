@@ -21,7 +21,8 @@ class Meter:
     """Within it peak memory and energy are measured; both are None where the machine cannot tell.
 
     Memory is the largest that this process held at a time, model and libraries included, or on a GPU the largest that
-    torch had allocated there. Energy is that of the whole processor package (RAPL), so of all that runs on it.
+    torch had allocated there. Energy is that of the whole processor package (RAPL) or of the whole GPU that computes
+    (NVML, where the package nvidia-ml-py is installed), so of all that runs on it.
     """
 
     def __init__(self, device: torch.device):
@@ -37,11 +38,14 @@ class Meter:
         else:
             self._resettable = _reset_peak()
             self.before_bytes = _status_bytes("VmRSS")
-        self._energy = energy()
+        self._energy = self._spent_so_far()
         return self
 
+    def _spent_so_far(self) -> dict[str, tuple[int, int]] | None:
+        return gpu_energy(self.device) if self.device.type == "cuda" else energy()
+
     def __exit__(self, *_: object) -> None:
-        after = energy()
+        after = self._spent_so_far()
         if self._energy and after and set(after) == set(self._energy):
             self.joules = sum(_spent(self._energy[zone], after[zone]) for zone in after)
         if self.device.type == "cuda":
@@ -79,6 +83,19 @@ def energy(root: Path | None = None) -> dict[str, tuple[int, int]] | None:
         except (OSError, ValueError):
             return None
     return found or None
+
+
+def gpu_energy(device: torch.device) -> dict[str, tuple[int, int]] | None:
+    """Microjoules that the GPU has spent so far; its counter does not wrap. None where NVML cannot tell."""
+    try:
+        import pynvml  # type: ignore[import-not-found]
+
+        pynvml.nvmlInit()
+        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        millijoules = pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(name))
+    except Exception:  # not installed, no driver, a card without the counter: NVML raises errors of its own
+        return None
+    return {name: (int(millijoules) * 1000, 0)}
 
 
 def _spent(before: tuple[int, int], after: tuple[int, int]) -> float:

@@ -122,8 +122,13 @@ def compare_pair(best: Sequence[Cell], other: Sequence[Cell]) -> dict[str, Any]:
     """
     if best[0]["each"].get("true") != other[0]["each"].get("true") or _size(best[0]) != _size(other[0]):
         return {"test": None, "p": None, "difference": None, "low": None, "high": None}  # not the same rows
-    difference = sum(c["score"] for c in other) / len(other) - sum(c["score"] for c in best) / len(best)
-    drawn = np.mean([resampled(c) for c in other], axis=0) - np.mean([resampled(c) for c in best], axis=0)
+    scores = [sum(cell["score"] for cell in cells) / len(cells) for cells in (other, best)]
+    difference = scores[0] - scores[1]
+    mine, its = (
+        np.mean([resampled(cell) for cell in cells], axis=0) + _shift(cells, score)
+        for cells, score in zip((other, best), scores, strict=True)
+    )
+    drawn = mine - its
     bounds: Interval | None = percentile_interval(drawn)
     low, high = bounds if bounds else (None, None)
     if best[0]["metric"] == "accuracy":

@@ -92,7 +92,17 @@ def _folders(root: Path) -> Iterator[Path]:
         return
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False):
-            yield Path(entry.path)
+            try:
+                names = [each.name for each in os.scandir(entry.path)]
+            except OSError:
+                names = []  # whoever looks into it will say why not
+            if not names or any(_ours(name) for name in names):
+                yield Path(entry.path)
+
+
+def _ours(name: str) -> bool:
+    """Whether a file of this name is one that the cache writes."""
+    return name == ABOUT or _SHARD.fullmatch(name) is not None or is_temporary(name)
 
 
 def all_shards(root: Path) -> list[Shard]:
@@ -135,11 +145,19 @@ def _about(folder: Path) -> tuple[dict[str, Any], str]:
     return (found, "") if isinstance(found, dict) else ({}, f"its {ABOUT} is missing or damaged")
 
 
-def clear(kept: list[Kept]) -> int:
-    """Remove what is kept; returns the bytes that were freed. A run that is using it computes again. Raises OSError."""
+def clear(kept: list[Kept]) -> list[Path]:
+    """Remove what is kept, and of each folder nothing else; returns the folders in which something else lay, which
+    stay. A run that is using it computes again. Raises OSError."""
+    left = []
     for each in kept:
-        shutil.rmtree(each.folder)
-    return sum(each.bytes for each in kept)
+        for entry in list(os.scandir(each.folder)):
+            if _ours(entry.name) and not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+        if any(os.scandir(each.folder)):
+            left.append(each.folder)
+        else:
+            each.folder.rmdir()
+    return left
 
 
 # --- size -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..backbone import Backbone
-from ..computation import is_deep, prompt_length
+from ..computation import deep_from_tokens, is_deep, prompt_length
 from ..data import Split, Task
 from ..errors import BackboneMismatchError, ConfigError, PromptFormatError
 from ..evaluation.runner import evaluate_prompt
@@ -50,7 +50,8 @@ def best_start(
 ) -> tuple[torch.Tensor, str]:
     """The start with the lowest loss on rows of `task`: a prompt of `library`, or `ordinary`; and why, in words.
 
-    Prompts of another model or kind and broken ones are passed over. Raises ConfigError if `library` is no folder.
+    A deep prompt may start from an embedding prompt, by the states that the model gives it. Prompts of another model,
+    deep ones where embeddings are tuned, and broken ones are passed over. Raises ConfigError if `library` is no folder.
     """
     folder = Path(library)
     if not folder.is_dir():
@@ -96,7 +97,10 @@ def _usable(backbone: Backbone, path: Path, like: torch.Tensor) -> torch.Tensor 
     except (PromptFormatError, BackboneMismatchError) as error:
         log.info("not started from %s: %s", path, error)
         return None
-    return fitted(prompt.vectors, prompt_length(like)).to(like.dtype) if prompt.vectors.ndim == like.ndim else None
+    vectors = fitted(prompt.vectors, prompt_length(like))
+    if is_deep(like) and not is_deep(vectors):
+        vectors = deep_from_tokens(backbone, vectors)
+    return vectors.to(like.dtype) if vectors.ndim == like.ndim else None
 
 
 def _loss(backbone: Backbone, rows: Split, vectors: torch.Tensor, max_tokens: int | None) -> float:
