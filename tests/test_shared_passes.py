@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 
 from softprompt import shared_passes
 from softprompt.attention import StateCache
+from softprompt.backbone import Backbone
 from softprompt.computation import keep_texts, loss_and_gradient
 from softprompt.placement import shared_length
+from softprompt.rotary import can_move
 from softprompt.shared_passes import losses_and_gradients
 from test_deep import PLACEMENTS as DEEP_PLACEMENTS
 from test_deep import deep_vectors
@@ -70,6 +73,53 @@ def test_a_prompt_that_is_not_finite_spoils_no_other():
     found = losses_and_gradients(backbone, [rows] * 3, prompts)
     assert found[1].loss != found[1].loss
     check([found[0], found[2]], backbone, [rows] * 2, [prompts[0], prompts[2]])
+
+
+def test_deep_prompts_in_front_of_a_model_whose_keys_do_not_turn():
+    config = hf.GlmConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    backbone = Backbone(hf.GlmForCausalLM(config).double(), None, "glm")
+    assert backbone.fast and not can_move(backbone)
+    rows, prompts = make_rows("front"), [deep_vectors(backbone, seed=seed) for seed in (0, 1)]
+    check(losses_and_gradients(backbone, [rows, rows], prompts), backbone, [rows, rows], prompts)
+
+
+@pytest.mark.parametrize("fits", [1, 2])
+def test_where_memory_is_short_halves_are_computed(fits, monkeypatch):
+    backbone = make_backbone("llama")
+    real, sizes = shared_passes._together, []
+
+    def short(backbone, batches, prompts, *given):
+        sizes.append(len(prompts))
+        if len(prompts) > fits:
+            raise torch.OutOfMemoryError
+        return real(backbone, batches, prompts, *given)
+
+    monkeypatch.setattr(shared_passes, "_together", short)
+    rows, prompts = make_rows("front"), make_prompts(backbone, "embedding")
+    prompts = [*prompts, prompts[0] * 2]
+    check(losses_and_gradients(backbone, [rows] * 4, prompts), backbone, [rows] * 4, prompts)
+    assert sizes == [4, 2, 2]  # and where two are too many, one by one in the ordinary way
+
+
+def test_no_more_prompts_than_the_bound_of_tokens(monkeypatch):
+    backbone = make_backbone("llama")
+    real, sizes = shared_passes._together, []
+    monkeypatch.setattr(shared_passes, "_together", lambda *given: sizes.append(len(given[2])) or real(*given))
+    rows, prompts = make_rows("front"), make_prompts(backbone, "embedding")
+    found = losses_and_gradients(backbone, [rows] * 3, prompts, micro_batch_tokens=2 * shared_length(rows))
+    check(found, backbone, [rows] * 3, prompts)
+    assert sizes == [2]
 
 
 def test_one_alone_takes_the_ordinary_way(monkeypatch):

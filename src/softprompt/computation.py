@@ -58,7 +58,10 @@ def prompt_length(vectors: torch.Tensor | None) -> int:
 
 
 def stacked(vectors: torch.Tensor) -> torch.Tensor:
-    """A prompt as a stack of one, [1, P, H] or [1, L, 2, K, P, D]; a stack as it is."""
+    """A prompt as a stack of one, [1, P, H] or [1, L, 2, K, P, D]; a stack as it is.
+
+    What is computed before all rows takes a stack of all prompts, what is computed of rows one with a prompt for each.
+    """
     return vectors if vectors.ndim in (3, 6) else vectors[None]
 
 
@@ -132,7 +135,7 @@ def shared_states(
         return States([], [])
     key: tuple[object, ...] = ()
     if cache and vectors is not None and first_soft(ids) < len(ids) and not torch.is_grad_enabled():
-        key = ("prompt", tuple(ids), _digest(vectors))
+        key = ("prompt", tuple(ids), tuple(vectors.shape), _digest(vectors))
         kept = cache.get(key)
         if kept is not None:
             return kept
@@ -507,7 +510,7 @@ def _shared_backward(
         line = in_line(batch, starts, backbone.device)
         embeddings = embed_with_soft(line.ids, None if is_deep(leaf) else leaf, backbone.embed)
         passed = Pass(line.lengths, before, device=backbone.device)
-        total += _backward_of_line(backbone, embeddings, line.positions, passed, line.scored, line.targets)
+        total += _sum(backward_of_line(backbone, embeddings, line.positions, passed, line.scored, line.targets))
     if learns:
         go_back(shared, leaves)
     return total
@@ -528,21 +531,26 @@ def _backward_at_once(backbone: Backbone, batch: list[Row], leaf: torch.Tensor, 
     embeddings = embed_with_soft(ids, None if is_deep(leaf) else leaf, backbone.embed)
     positions = torch.cat([torch.arange(known.size, start, device=backbone.device), line.positions])
     passed = Pass(line.lengths, [known], lead=len(left), device=backbone.device)
-    return _backward_of_line(backbone, embeddings, positions, passed, len(left) + line.scored, line.targets)
+    return _sum(backward_of_line(backbone, embeddings, positions, passed, len(left) + line.scored, line.targets))
 
 
-def _backward_of_line(
+def _sum(losses: torch.Tensor) -> float:
+    return float(losses.cpu().double().sum())  # there are devices without float64
+
+
+def backward_of_line(
     backbone: Backbone,
     embeddings: torch.Tensor,
     positions: torch.Tensor,
     passed: Pass,
     scored: torch.Tensor,
     targets: torch.Tensor,
-) -> float:
+) -> torch.Tensor:
+    """One pass over tokens in one line, forward and back to its leaves; the losses at the scored places [A]."""
     hidden = backbone.hidden(embeddings, positions, passed, scored)
     losses, gradient = losses_of_hidden(hidden, targets, backbone.head, backbone.vocab_size)
     hidden.backward(gradient)
-    return float(losses.cpu().double().sum())  # there are devices without float64
+    return losses
 
 
 @torch.no_grad()

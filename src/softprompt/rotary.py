@@ -25,11 +25,11 @@ _TRIED_AT = (1, 7)
 def moved(backbone: Backbone, states: States, offsets: torch.Tensor) -> States:
     """`states` of P tokens at positions 0.. as they are at positions offsets[r]..
 
-    L times [1, K, P, D] -> [R, K, P, D]. offsets: [R] whole numbers. Differentiable. Raises BackboneError for a model
-    whose keys cannot be moved.
+    L times [1 or R, K, P, D] -> [R, K, P, D]. offsets: [R] whole numbers. Differentiable. Raises BackboneError for a
+    model whose keys cannot be moved.
     """
-    if bool((offsets == 0).all()) and len(offsets) == 1:
-        return states
+    if bool((offsets == 0).all()):
+        return states.expanded(len(offsets))
     if not can_move(backbone):
         raise BackboneError(
             f"{backbone.name} does not turn its keys by position as rotary embeddings do: a deep prompt can only stand "
@@ -48,8 +48,8 @@ def _moved(backbone: Backbone, states: States, offsets: torch.Tensor) -> States:
 
 
 def turned_by(backbone: Backbone, layer: int, states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Keys or queries [1, heads, N, D] of a layer as they are offsets[r] positions further on (or back): [R, heads, N,
-    D], or as they are where the model turns none."""
+    """Keys or queries [1 or R, heads, N, D] of a layer as they are offsets[r] positions further on (or back):
+    [R, heads, N, D], or as they are where the model turns none."""
     turn = _turn(backbone, layer, states, offsets)
     return states if turn is None else _turned(states, *turn)
 

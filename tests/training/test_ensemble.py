@@ -85,7 +85,7 @@ def test_members_of_few_rows_may_share_passes(backbone, monkeypatch):
 
     task, settings = make_task(18, validation=0), {**BASE, "steps": 3, "folds": 2}
     alone = sp.tune_ensemble(backbone, task, size=2, **settings)
-    monkeypatch.setattr(few, "worthwhile", lambda backbone: True)
+    monkeypatch.setattr(few, "sharing_pays", lambda backbone: True)
     shared = sp.tune_ensemble(backbone, task, size=2, **settings)
     for one, other in zip(shared.prompts, alone.prompts, strict=True):
         torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=1e-8)

@@ -268,7 +268,7 @@ def test_folds_that_share_passes_say_the_same(backbone, monkeypatch):
     from softprompt.training import few
 
     alone = sp.tune(backbone, make_task(), **BASE, folds=3)
-    monkeypatch.setattr(few, "worthwhile", lambda backbone: True)
+    monkeypatch.setattr(few, "sharing_pays", lambda backbone: True)
     shared = sp.tune(backbone, make_task(), **BASE, folds=3)
     torch.testing.assert_close(shared.prompt.vectors, alone.prompt.vectors, rtol=0, atol=1e-8)
     one, other = (found.prompt.provenance["cross_validation"] for found in (shared, alone))

@@ -105,7 +105,7 @@ def test_the_gradient_of_a_mixed_batch_is_the_sum_of_the_tasks(backbone, make):
     config = TuneConfig(**{**BASE, "steps": 1, "batch_size": 12, "validate_every": 1})
     run = Mixture(backbone, tasks, config, 1.0, 1000).begin(None, False, (), None)
     vectors = run.trainer.parameters.vectors().detach()
-    mixed = run.trainer.question(run.trainer.rows, vectors).answer(backbone)
+    mixed = run.trainer.request(run.trainer.rows, vectors).compute(backbone)
     by_task = {name: set(encode_task(backbone, task, config)[0]) for name, task in tasks.items()}
     loss, gradient, tokens = 0.0, torch.zeros_like(vectors, dtype=torch.float64), 0
     from softprompt.computation import loss_and_gradient

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import softprompt as sp
 from softprompt.errors import ConfigError, DataError, OutputError, TrainingError
-from softprompt.training.monitor import read_events
+from softprompt.training.monitor import Monitor, read_events
 from softprompt.training.sweep_plan import expected_runs, kept, make_plan, rungs
 from spoiled import spoil_losses
 from tiny_models import make_backbone, make_reviews, make_tokenizer
@@ -106,6 +107,55 @@ def test_trials_that_share_passes_are_the_runs_of_tune(backbone, monkeypatch, in
     assert sum(sizes) == sum(trial.step for trial in found.trials)
 
 
+def test_trials_of_other_texts_and_lengths_do_not_mix(backbone):
+    """Three that share, one of another text, one of another length: each is the run of tune."""
+    task = make_task(input=BEHIND)
+    trials = [{"seed": 0}, {"seed": 1}, {"seed": 2}, {"input": "{soft}{text} :"}, {"tokens": 6}]
+    found = sp.sweep(backbone, task, trials=trials, halving=0, share_passes=True, **BASE)
+    for trial in found.trials:
+        settings = {key: value for key, value in trial.settings.items() if key != "input"}
+        own = make_task(input=trial.settings.get("input", BEHIND))
+        alone = sp.tune(backbone, own, **{**BASE, **settings})
+        torch.testing.assert_close(trial.prompt.vectors, alone.prompt.vectors, rtol=0, atol=1e-8)
+
+
+def test_a_trials_seconds_are_its_share_of_the_passes(backbone, monkeypatch):
+    """By a clock that stands still but for the passes: three of nine seconds each make nine for three trials."""
+    from softprompt.training import loop, together
+
+    now = 0.0
+
+    def slow(backbone, batches, prompts, **more):
+        nonlocal now
+        now += 9.0
+        return real(backbone, batches, prompts, **more)
+
+    real = together.losses_and_gradients
+    monkeypatch.setattr(together, "losses_and_gradients", slow)
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(together, "time", clock)
+    settings = {**BASE, "steps": 3}
+    found = sp.sweep(backbone, make_task(), grid={"seed": [0, 1, 2]}, halving=0, share_passes=True, **settings)
+    assert [trial.run.trainer.seconds for trial in found.trials] == [9.0] * 3
+    assert found.trials[0].run.monitor.events[1]["examples_per_second"] == pytest.approx(6 / 3)
+
+
+def test_a_failure_in_a_shared_pass_closes_all_runs(backbone, tmp_path, monkeypatch):
+    from softprompt.training import together
+
+    def broken(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(together, "losses_and_gradients", broken)
+    closed = []
+    real = Monitor.close
+    monkeypatch.setattr(Monitor, "close", lambda self: closed.append(self) or real(self))
+    with pytest.raises(KeyboardInterrupt):
+        sp.sweep(backbone, make_task(), grid={"seed": [0, 1]}, run_folder=tmp_path / "s", share_passes=True, **BASE)
+    assert len(set(map(id, closed))) == 2 and all(each._file is None for each in closed)
+
+
 def test_passes_are_shared_on_every_device_but_a_cpu(backbone, monkeypatch):
     from softprompt.training import sweep, together
 
@@ -115,8 +165,8 @@ def test_passes_are_shared_on_every_device_but_a_cpu(backbone, monkeypatch):
     trials = {"grid": {"seed": [0, 1, 2]}, "halving": 0}
     sp.sweep(backbone, make_task(), **trials, **BASE)
     assert turns == [1, 1, 1]
-    assert not together.worthwhile(backbone)
-    monkeypatch.setattr(sweep, "worthwhile", lambda backbone: True)
+    assert not together.sharing_pays(backbone)
+    monkeypatch.setattr(sweep, "sharing_pays", lambda backbone: True)
     sp.sweep(backbone, make_task(), **trials, **BASE)
     assert turns == [1, 1, 1, 3]
 

@@ -17,11 +17,11 @@ import torch
 
 from ..attention import Pass, StateCache, States
 from ..backbone import Backbone
-from ..computation import before_rows, is_deep, keep_texts, micro_batches, prompt_length, shared_states
+from ..computation import before_rows, embed_of_owners, is_deep, keep_texts, micro_batches, shared_states
 from ..data import Split, Task
 from ..encoding import Encoder
 from ..errors import ConfigError, DataError
-from ..placement import Row, embed_with_soft, in_line
+from ..placement import Row, in_line
 from ..prompt import SoftPrompt
 from ..templates import Template
 from .metrics import ClassificationScores, classification_scores
@@ -253,12 +253,13 @@ def member_scores(
         done(len(rows))
         return torch.stack(alone)
     kept = texts if texts is not None and keep_texts(backbone, rows, start, texts) else None
-    fronts = [shared_states(backbone, rows[0].ids[:start], vectors, backbone.states) for vectors in members]
+    stack = torch.stack([vectors.to(backbone.device) for vectors in members])
+    fronts = shared_states(backbone, rows[0].ids[:start], stack, backbone.states)
     tree = label_tree(answers)
     scores = torch.empty(len(members), len(rows), len(answers), dtype=torch.float64)
     places = {id(row): index for index, row in enumerate(rows)}
     for batch in micro_batches(rows, start, max(1, micro_batch_tokens // len(members)), extra=len(tree.tokens)):
-        found = _batch_scores(backbone, batch, start, fronts, members, tree, kept)
+        found = _batch_scores(backbone, batch, start, fronts, stack, tree, kept)
         scores[:, [places[id(row)] for row in batch]] = found.view(len(members), len(batch), -1)
         done(len(batch))
     return scores
@@ -268,41 +269,24 @@ def _batch_scores(
     backbone: Backbone,
     batch: list[Row],
     start: int,
-    fronts: Sequence[States],
-    members: Sequence[torch.Tensor],
+    fronts: States,
+    members: torch.Tensor,
     tree: LabelTree,
     texts: StateCache | None,
 ) -> torch.Tensor:
-    """[K * R, C]: the rows of the first member, those of the second, and so on, in one line."""
+    """[K * R, C]: the rows of the first member, those of the second, and so on, in one line. fronts: what stands before
+    the rows of each member (or, the same for all, of one)."""
     if texts is None:
         texts = StateCache(ANY_SIZE)
         keep_texts(backbone, batch, start, texts)
-    each = [before_rows(backbone, batch, start, f, v, texts) for f, v in zip(fronts, members, strict=True)]
-    starts = each[0][1] * len(members)
-    before = [_of_all(pieces, len(batch)) for pieces in zip(*(pieces for pieces, _ in each), strict=True)]
-    size = prompt_length(members[0])
-    rows = [Row(_shifted(row.ids, k * size), row.answer) for k in range(len(members)) for row in batch]
+    rows = batch * len(members)
+    owners = torch.arange(len(members), device=backbone.device).repeat_interleave(len(batch))
+    front = fronts.of_rows(owners) if fronts.rows > 1 else fronts
+    deep = members[owners] if is_deep(members) else None
+    before, starts = before_rows(backbone, rows, start, front, deep, texts)
     line = in_line(rows, starts, backbone.device)
     passed = Pass(line.lengths, before, record=bool(tree.tokens), device=backbone.device)
-    # Behind a deep prompt there are no soft tokens left to embed.
-    vectors = None if is_deep(members[0]) else torch.cat([v.to(backbone.device) for v in members])
-    hidden = backbone.hidden(embed_with_soft(line.ids, vectors, backbone.embed), line.positions, passed, line.scored)
+    whose = owners.repeat_interleave(torch.tensor(line.lengths, device=backbone.device))
+    embeddings = embed_of_owners(backbone, line.ids, whose, members)
+    hidden = backbone.hidden(embeddings, line.positions, passed, line.scored)
     return tree_scores(backbone, hidden, passed, [len(row.ids) for row in rows], tree)
-
-
-def _shifted(ids: Ids, by: int) -> Ids:
-    """Soft token i as soft token i + by."""
-    return tuple(token - by if token < 0 else token for token in ids)
-
-
-def _of_all(pieces: Sequence[States], count: int) -> States:
-    """What stands before the `count` rows of each member [1 or R, K, C, D], as what stands before all rows."""
-    first = pieces[0]
-    if all(piece is first for piece in pieces) and first.shared:
-        return first  # constant text: the same for all rows of all members
-    wide = [piece.expanded(count) for piece in pieces]
-    lengths = (
-        None if first.lengths is None else torch.cat([piece.lengths for piece in wide if piece.lengths is not None])
-    )
-    keys = [torch.cat(layers) for layers in zip(*(piece.keys for piece in wide), strict=True)]
-    return States(keys, [torch.cat(layers) for layers in zip(*(piece.values for piece in wide), strict=True)], lengths)

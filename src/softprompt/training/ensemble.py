@@ -1,6 +1,6 @@
 """Ensembles: K prompts of one task, tuned over one frozen model with K seeds, kept in one folder, asked together.
 
-Lester et al. 2021 (arXiv:2104.08691, section 6). A member is the very run of `tune` with its seed. The folder is that
+Lester et al. 2021 (arXiv:2104.08691, section 6). A member is the run of `tune` with its seed. The folder is that
 of an ordinary prompt, the best member by validation, so that everything that takes a prompt takes it; the members lie
 in `members/` inside it, and `evaluate` lets them vote.
 """
@@ -71,9 +71,10 @@ def tune_ensemble(
 ) -> EnsembleResult:
     """Tune `size` prompts for `task` with seeds from config.seed on, over one frozen `backbone`.
 
-    Each member has the very vectors that `tune` gives with its seed. With few rows and none for validation the number
-    of steps is found once, by cross-validation, for all members. The other arguments are those of `tune`. Raises
-    ConfigError (settings), DataError (no rows; many rows and none for validation), OutputError, TrainingError.
+    Each member has the vectors that `tune` gives with its seed (see `sweep` for where passes are shared). With few rows
+    and none for validation the number of steps is found once, by cross-validation, for all members. The other arguments
+    are those of `tune`. Raises ConfigError (settings), DataError (no rows; many rows and none for validation),
+    OutputError, TrainingError.
     """
     if not LEAST <= size <= MOST:
         raise ConfigError(f"an ensemble has {LEAST} to {MOST} members, found {size}")

@@ -31,7 +31,7 @@ from .run import Run, TuneResult, begin, finish, interruptible
 from .sweep import begin_all
 from .sweep_plan import SweepPlan
 from .sweep_trial import DIVERGED, Trial
-from .together import advance, turns, worthwhile
+from .together import advance, sharing_pays, turns
 
 FEW = 100  # rows; a tenth of as many, the default share for validation, would be under ten
 FOLDS = 5
@@ -166,7 +166,7 @@ class Folds:
         tell: Tell = lambda event: None,
     ):
         self.task, self.config, self.count, self.tell = task, config, count, tell
-        self.patience, self.together = patience, worthwhile(backbone)
+        self.patience, self.together = patience, sharing_pays(backbone)
         tasks = fold_tasks(task, count, config.seed)
         plan = SweepPlan(tuple({"fold": number, "seed": config.seed + number} for number in range(1, count + 1)), 0)
         configs = [config.model_copy(update={"seed": own["seed"], "tensorboard": False}) for own in plan.trials]
@@ -179,9 +179,7 @@ class Folds:
         means: dict[int, Validation] = {}
         for step in self.checks():
             for some in turns(self.trials, self.together):
-                advance(some, step / some[0].steps, asked)
-                if diverged := [trial for trial in some if trial.state == DIVERGED]:
-                    raise TrainingError(diverged[0].why)
+                advance(some, step / some[0].steps, asked, _none_diverged)
                 if asked():
                     return None
             means[step] = found = self.mean(step)
@@ -224,6 +222,11 @@ class Folds:
         probabilities = torch.tensor([each for _, event in folds for each in event["probabilities"]]).double()
         scores = classification_scores(true, predicted, probabilities.numpy(), list(template.classes))
         return Report(scores, None, loss, true, predicted, inputs, probabilities, setting=setting)
+
+
+def _none_diverged(trial: Trial) -> None:
+    if trial.state == DIVERGED:
+        raise TrainingError(trial.why)
 
 
 def highest(means: dict[int, Validation]) -> int:
@@ -334,10 +337,8 @@ def run_to(runs: Sequence[Run], step: int, asked: Callable[[], bool]) -> bool:
     for run in runs:
         if run.trainer.step >= step:  # resumed after its end
             run.monitor.look_back(run.trainer.step)
-    for some in turns(trials, worthwhile(runs[0].backbone)):
-        advance(some, step / some[0].steps, asked)
-        if diverged := [trial for trial in some if trial.state == DIVERGED]:
-            raise TrainingError(diverged[0].why)
+    for some in turns(trials, sharing_pays(runs[0].backbone)):
+        advance(some, step / some[0].steps, asked, _none_diverged)
         if any(trial.step < step for trial in some):
             return False
         for trial in some:

@@ -63,19 +63,21 @@ class Validation:
         return self.score >= score - self.error and self.loss < loss
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a step asks for: the loss of `rows` and its gradient at `vectors`, that is `loss_and_gradient` with the
-    other fields as its arguments."""
+@dataclass
+class GradientRequest:
+    """What a step needs: the loss of `rows` and its gradient at `vectors`, that is `loss_and_gradient` with the other
+    fields as its arguments. seconds: what that took, of a pass for several the request's share; set by who computed."""
 
     rows: Sequence[Row]
     vectors: torch.Tensor
     start: int
     cache: StateCache
     micro_batch_tokens: int
+    seconds: float = 0.0
 
-    def answer(self, backbone: Backbone) -> LossAndGradient:
-        return loss_and_gradient(
+    def compute(self, backbone: Backbone) -> LossAndGradient:
+        begun = time.perf_counter()
+        found = loss_and_gradient(
             backbone,
             self.rows,
             self.vectors,
@@ -83,21 +85,25 @@ class Question:
             start=self.start,
             cache=self.cache,
         )
+        self.seconds = time.perf_counter() - begun
+        return found
 
 
-# A run that stops at each step to ask, so that several can be answered together (together.py). Returns why it ended.
-Course = Generator[Question, LossAndGradient, str]
+# A run that stops at each step to ask, so that those of several can be computed together (together.py). Returns why it
+# ended.
+Course = Generator[GradientRequest, LossAndGradient, str]
 
 
 def follow(course: Course, backbone: Backbone) -> str:
-    """Go through `course`, answering each of its questions; returns why it ended."""
+    """Go through `course`, computing what it asks for; returns why it ended."""
+    found = None
     with closing(course):
-        try:
-            question = next(course)
-            while True:
-                question = course.send(question.answer(backbone))
-        except StopIteration as end:
-            return str(end.value)
+        while True:
+            try:
+                request = next(course) if found is None else course.send(found)
+            except StopIteration as end:
+                return str(end.value)
+            found = request.compute(backbone)
 
 
 def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -221,10 +227,13 @@ class Trainer:
         patience = self.config.patience
         return patience is not None and self.without_gain >= patience and self.step < self.steps
 
-    def _train_step(self, batch: Sequence[Row], examples: int) -> Generator[Question, LossAndGradient, None]:
+    def _train_step(self, batch: Sequence[Row], examples: int) -> Generator[GradientRequest, LossAndGradient, None]:
         begun = time.perf_counter()
         vectors = self.parameters.vectors()
-        found = yield self.question(batch, vectors.detach())
+        request = self.request(batch, vectors.detach())
+        before = time.perf_counter() - begun
+        found = yield request
+        begun = time.perf_counter() - before - request.seconds  # others may have had their turn meanwhile
         tokens = float(self.world.sum(torch.tensor(float(found.tokens))))
         loss = float(self.world.sum(torch.tensor(found.loss, dtype=torch.float64))) / tokens
         gradient = self.world.sum(found.gradient).to("cpu", torch.float32) / tokens
@@ -272,9 +281,9 @@ class Trainer:
         copy: a checkpoint holds them as its best beside the mean itself, and no two tensors of a file share memory."""
         return (self.parameters.vectors().detach() if self.mean is None else self.mean).clone()
 
-    def question(self, batch: Sequence[Row], vectors: torch.Tensor) -> Question:
+    def request(self, batch: Sequence[Row], vectors: torch.Tensor) -> GradientRequest:
         budget = self.config.micro_batch_tokens or tokens_at_once(self.backbone.device)
-        return Question(batch, vectors, self.start, self.texts, budget)
+        return GradientRequest(batch, vectors, self.start, self.texts, budget)
 
     def _clip(self) -> float:
         """Clip all gradients together, measured in units of the embedding RMS; returns the norm before."""

@@ -117,15 +117,15 @@ class Run:
         return follow(self.course(stop), self.backbone)
 
     def course(self, stop: Callable[[], bool]) -> Course:
-        """The same for whoever answers the questions of its steps."""
+        """The same for whoever computes what its steps ask for."""
         trainer, monitor = self.trainer, self.monitor
         trainer.stop = stop
-        monitor.open(trainer.step if self.resumed else None)
-        if not self.resumed:
-            start = {"steps": trainer.steps, "rows": len(trainer.rows), "cut_rows": self.cut, "init": self.note}
-            monitor.add("start", 0, **start)
-        self.resumed = True
         try:
+            monitor.open(trainer.step if self.resumed else None)
+            if not self.resumed:
+                start = {"steps": trainer.steps, "rows": len(trainer.rows), "cut_rows": self.cut, "init": self.note}
+                monitor.add("start", 0, **start)
+            self.resumed = True
             return (yield from trainer.course())
         finally:
             monitor.close()

@@ -1,7 +1,8 @@
 """`sweep`: many prompts tuned over one frozen model in one process, the losers dropped early.
 
-Trials are runs like those of `tune`, and a trial that runs to the end has the very vectors of such a run. What they
-have in common is done once: the model, the encoded rows, and the states of texts before any soft token.
+Trials are runs like those of `tune`, and a trial that runs to the end has the very vectors of such a run (but for
+rounding, where trials share passes). What they have in common is done once: the model, the encoded rows, and the states
+of texts before any soft token.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .monitor import Listener
 from .run import begin, encode_task, finish, interruptible, settle
 from .sweep_plan import HALVING, Settings, SweepPlan, expected_runs, kept, make_plan, rungs
 from .sweep_trial import DIVERGED, FINISHED, RUNNING, Trial, best_first, finite
-from .together import advance, turns, worthwhile
+from .together import advance, sharing_pays, turns
 
 STATE = "sweep.json"
 Tell = Callable[[dict[str, Any]], None]
@@ -77,9 +78,9 @@ def sweep(
     halving: by successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) only the best one in `halving` trials
     goes on after 1/9, 1/3 (for 3) of the steps; 0 lets all run to the end. run_folder: where every trial's settings,
     log, checkpoint and prompt go. resume: go on from there; the result is that of the undisturbed sweep. share_passes:
-    compute a step of all trials in one pass where they have the same rows and a prompt of the same shape; None: on
-    every device but a CPU. listen: called with each event of each trial, with its "trial", and with those of the sweep
-    ("sweep", "rung", "trial").
+    compute a step of all trials in one pass where their rows begin alike and their prompts have the same shape; None:
+    on every device but a CPU. listen: called with each event of each trial, with its "trial", and with those of the
+    sweep ("sweep", "rung", "trial").
 
     A trial whose loss is not finite ends, and the others go on. Raises ConfigError (all mistakes in the settings),
     DataError (no rows to train or to compare on), OutputError (folder), TrainingError (all trials diverged).
@@ -101,7 +102,7 @@ def sweep(
     steps = sum(trial.steps for trial in racers) / len(racers) * expected_runs(len(racers), plan.halving)
     done = sum(trial.step for trial in racers)
     tell({"event": "sweep", "trials": [t.to_dict() for t in racers], "steps": round(steps), "done": done})
-    together = worthwhile(backbone) if share_passes is None else share_passes
+    together = sharing_pays(backbone) if share_passes is None else share_passes
     with interruptible() as asked:
         finished = _race(racers, plan.halving, together, state, asked, tell)
     ordered = sorted(racers, key=lambda trial: trial.rank)
@@ -309,8 +310,7 @@ def _advance(
     """Train each of `trials` up to `share` of its steps, step by step or one after another; False if that was
     interrupted."""
     for some in turns(trials, together):
-        advance(some, share, asked)
-        _note_diverged(some, state, tell)
+        advance(some, share, asked, lambda trial: _note_diverged([trial], state, tell))
         if asked():
             return False
     return True

@@ -14,7 +14,7 @@ from ..atomic import write_atomic
 from ..errors import TrainingError
 from ..prompt import SoftPrompt
 from .config import TuneConfig
-from .loop import NO_GAIN, Course, Validation, follow
+from .loop import NO_GAIN, Course, Validation
 from .run import Run, prompt_of
 
 RUNNING, FINISHED, DROPPED, DIVERGED = "running", "finished", "dropped", "diverged"
@@ -80,12 +80,8 @@ class Trial:
         """The step at which `share` of its steps is done."""
         return max(1, round(share * self.steps))
 
-    def advance(self, share: float, asked: Callable[[], bool]) -> None:
-        """Train up to `share` of the steps, or until `asked` says to stop. A loss that is not finite ends the trial."""
-        follow(self.course(share, asked), self.run.backbone)
-
     def course(self, share: float, asked: Callable[[], bool]) -> Course:
-        """The same for whoever answers the questions of its steps."""
+        """Train up to `share` of the steps, or until `asked` says to stop. A loss that is not finite ends the trial."""
         target, trainer = self.target(share), self.run.trainer
         if trainer.step >= target or self.exhausted:
             return ""
