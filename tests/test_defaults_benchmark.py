@@ -1,5 +1,5 @@
-"""The search for defaults and the benchmark of transfer: a tiny model that is pretrained here, and trials that are not
-run twice."""
+"""The search for defaults and the benchmark of transfer: a second model that is made here, and trials that are not run
+twice."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests" / "cli")]
 import defaults  # noqa: E402
-import tiny_model  # noqa: E402
+import half_model  # noqa: E402
 import transfer  # noqa: E402
 from cli_material import make_model  # noqa: E402
 
@@ -22,7 +23,7 @@ import softprompt as sp  # noqa: E402
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two data sets; the label never stands in a text."""
-    monkeypatch.setattr(tiny_model, "SETS", ("sst2", "trec"))
+    monkeypatch.setattr(half_model, "SETS", ("sst2", "trec"))
     folder = tmp_path / "data"
     for name, labels in (("sst2", ["negative", "positive"]), ("trec", ["human", "number"])):
         (folder / name).mkdir(parents=True)
@@ -32,24 +33,26 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_tiny_model_is_one_that_every_command_can_use(
+def test_half_of_a_model_is_one_that_every_command_can_use(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not any(word in text for text in tiny_model.texts(data) for word in ("positive", "number"))
-    out = tmp_path / "tiny"
-    assert tiny_model.main(["--data", str(data), "--out", str(out), "--steps", "3", "--threads", "1"]) == 0
-    assert "step 3/3" in capsys.readouterr().out
-    backbone = sp.Backbone.load(str(out))
-    assert (backbone.model.config.model_type, backbone.width, backbone.context_length) == ("gpt2", 256, 512)
-    assert backbone.tokenizer.decode(backbone.tokenizer("A lovely film: äöü")["input_ids"]) == "A lovely film: äöü"
+    assert half_model.kept_layers(30) == [*range(12), 27, 28, 29]
+    assert not any(word in text for text in half_model.texts(data) for word in ("positive", "number"))
+    whole, out = make_model(tmp_path / "whole"), tmp_path / "half"
+    given = ["--data", str(data), "--out", str(out), "--model", str(whole), "--threads", "1", "--minutes", "0.01"]
+    assert half_model.main(given) == 0
+    assert f"kept in {out}" in capsys.readouterr().out
+    models = [sp.Backbone.load(str(folder)) for folder in (whole, out)]
+    assert [each.layers for each in models] == [2, 2] and models[1].fast
+    assert torch.equal(models[1].embedding_table(), models[0].embedding_table())
+    assert models[1].fingerprint != models[0].fingerprint  # its layers have learned
 
 
-def test_tiny_model_says_what_is_missing_before_it_trains(data: Path, tmp_path: Path) -> None:
+def test_half_of_a_model_says_what_is_missing_before_it_trains(data: Path, tmp_path: Path) -> None:
     (data / "trec" / "train.jsonl").unlink()
-    with pytest.raises(SystemExit):
-        tiny_model.main(["--data", str(data), "--out", str(tmp_path / "tiny")])
-    with pytest.raises(SystemExit):
-        tiny_model.main(["--data", str(data), "--out", str(tmp_path)])
+    for more in (["--out", str(tmp_path / "half")], ["--out", str(tmp_path)], ["--minutes", "0"]):
+        with pytest.raises(SystemExit):
+            half_model.main(["--data", str(data), *more])
 
 
 def test_trials_change_one_setting_of_the_base_and_are_not_run_twice(

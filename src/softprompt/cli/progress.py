@@ -5,30 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from .output import Output, duration
 
+Shown = TypeVar("Shown", bound="RunProgress")
 PLAIN_SECONDS = 5.0  # between lines where there is no terminal
 
 
-class TuneProgress:
-    """Listens to a run's events (see training/monitor.py) and shows them. Use as a context.
+class RunProgress:
+    """Listens to the events of a run (see training/monitor.py); the bar, and what is told while texts are computed.
 
-    resumed: the steps of the whole run that is gone on with, 0 for a new one.
+    begun: since when steps are counted, for the time left. told: when a line was last shown where there is no terminal.
+    least_told: seconds that texts must take for their end to be told.
     """
 
-    def __init__(self, out: Output, resumed: int = 0):
-        self.out, self.resumed = out, resumed
-        self.steps, self.first, self.begun, self.told = 0, 0, 0.0, 0.0
-        self.validated: float | None = None
-        self.latest: dict[str, Any] = {}
-        self.rate = 0.0
+    least_told = 0.0
+
+    def __init__(self, out: Output):
+        self.out = out
+        self.begun = self.told = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
         self._texts: Any = None
+        self._texts_begun: float | None = None
 
-    def __enter__(self) -> TuneProgress:
+    def __enter__(self: Shown) -> Shown:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,6 +42,46 @@ class TuneProgress:
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is not None:
             handler(event)
+
+    def _on_texts(self, event: dict[str, Any]) -> None:
+        """Texts before the soft tokens, computed once before the first step or found on disk."""
+        done, rows = event["done"], event["rows"]
+        if self._texts_begun is None:
+            self._texts_begun = time.monotonic()
+        if self._bar is not None:
+            if self._texts is None:
+                self._texts = self._bar.add_task("texts", total=rows, told="computed once and kept")
+            self._bar.update(self._texts, completed=done)
+        ended = done == rows and time.monotonic() - self._texts_begun >= self.least_told
+        if ended or (self._bar is None and time.monotonic() - self.told >= PLAIN_SECONDS):
+            self.told = time.monotonic()
+            self.out.note(f"texts computed once and kept: {done:,} of {rows:,}")
+        if done == rows:
+            self._end_texts()
+
+    def _end_texts(self) -> None:
+        """The time that texts take is no part of what a step takes."""
+        if self._texts_begun is not None:
+            self.begun += time.monotonic() - self._texts_begun
+            self._texts_begun = None
+        if self._texts is not None:
+            self._bar.remove_task(self._texts)
+            self._texts = None
+
+
+class TuneProgress(RunProgress):
+    """Listens to a run's events and shows them. Use as a context.
+
+    resumed: the steps of the whole run that is gone on with, 0 for a new one.
+    """
+
+    def __init__(self, out: Output, resumed: int = 0):
+        super().__init__(out)
+        self.resumed = resumed
+        self.steps, self.first = 0, 0
+        self.validated: float | None = None
+        self.latest: dict[str, Any] = {}
+        self.rate = 0.0
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self.out.note(f"soft prompt from {event['init']}")
@@ -57,35 +99,14 @@ class TuneProgress:
             self._task = self._bar.add_task("tuning", total=steps, completed=first, told="")
             self._bar.start()
 
-    def _on_texts(self, event: dict[str, Any]) -> None:
-        """Texts before the soft tokens, computed once before the first step or found on disk."""
-        done, rows = event["done"], event["rows"]
-        if self._bar is not None:
-            if self._texts is None:
-                self._texts = self._bar.add_task("texts", total=rows, told="computed once and kept")
-            self._bar.update(self._texts, completed=done)
-        if done == rows or (self._bar is None and time.monotonic() - self.told >= PLAIN_SECONDS):
-            self.told = time.monotonic()
-            self.out.note(f"texts computed once and kept: {done:,} of {rows:,}")
-        self._end_texts(done == rows)
-
     def _on_note(self, event: dict[str, Any]) -> None:
         self.out.note(event["text"])
-
-    def _end_texts(self, ended: bool = True) -> None:
-        """The time that texts take is no part of what a step takes."""
-        if ended:
-            self.begun = time.monotonic()
-        if ended and self._texts is not None:
-            self._bar.remove_task(self._texts)
-            self._texts = None
 
     def _on_step(self, event: dict[str, Any]) -> None:
         if not self.latest and self.resumed:  # a resumed run tells its start no second time
             self.out.note(f"going on at step {event['step'] - 1} of {self.resumed}")
             self.begin(self.resumed, event["step"] - 1)
-        if self._texts is not None:  # there was no room for all of them
-            self._end_texts()
+        self._end_texts()  # where there was no room for all of them
         self.latest = event
         speed = event["examples_per_second"]
         self.rate = speed if not self.rate else 0.9 * self.rate + 0.1 * speed

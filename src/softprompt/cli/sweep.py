@@ -14,7 +14,7 @@ from ..config import CONFIG_FILE, fields_by_panel
 from ..training.sweep_config import SweepConfig, load_sweep
 from .command import FAILED, INTERRUPTED, command, with_options
 from .output import Output, duration
-from .progress import PLAIN_SECONDS, _bar
+from .progress import PLAIN_SECONDS, RunProgress, _bar
 from .tune import flag_of, how_to_go_on, load_task, load_tuned_backbone, next_commands, score_test, split_settings
 
 if TYPE_CHECKING:
@@ -183,31 +183,17 @@ def _show(out: Output, config: SweepConfig, result: SweepResult, test: Report | 
     )
 
 
-class SweepProgress:
+class SweepProgress(RunProgress):
     """Listens to the events of a sweep and of its trials, and shows them. Use as a context."""
 
+    least_told = 1.0  # most trials find theirs ready
+
     def __init__(self, out: Output):
-        self.out = out
+        super().__init__(out)
         self.done, self.first, self.total = 0, 0, 0
-        self.begun = self.told = time.monotonic()
         self.settings: dict[str, str] = {}
         self.scores: dict[str, float] = {}
         self.warned: set[str] = set()
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> SweepProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        handler = getattr(self, f"_on_{event['event']}", None)
-        if handler is not None:
-            handler(event)
 
     def _on_sweep(self, event: dict[str, Any]) -> None:
         self.settings = {each["trial"]: in_words(each["settings"]) for each in event["trials"]}
@@ -225,11 +211,11 @@ class SweepProgress:
             self._warn(f"{event['cut_rows']:,} of {event['rows']:,} training rows were cut to fit; see max_tokens")
 
     def _on_texts(self, event: dict[str, Any]) -> None:
-        if event["done"] <= event["rows"] and time.monotonic() - self.told >= PLAIN_SECONDS:
-            self.told = time.monotonic()
-            self.out.note(f"texts computed once and kept: {event['done']:,} of {event['rows']:,}")
+        if event["done"] <= event["rows"]:  # else the trial goes on after a rung
+            super()._on_texts(event)
 
     def _on_step(self, event: dict[str, Any]) -> None:
+        self._end_texts()
         self.done += 1
         words = self._words(event)
         if self._bar is not None:
