@@ -3,11 +3,12 @@
     python benchmarks/defaults.py --data FOLDER --out RESULTS
     python benchmarks/defaults.py --data FOLDER --out RESULTS --models smollm2-135m ./tiny --tasks trec --axes init
 
-The tasks and their templates are those of recipes/compare_tasks.yaml, the base is a deep prompt behind the text. Each
-trial is a run of `softprompt.tune` on the first 300 training rows of a random order, with 100 validation rows, scored
-on 500 test rows; with --seeds 2 there are two runs of it, and so on. The axis learning_rate goes over a range of 30
-times, from a fifth of the default to six times it. The axis peft is PEFT's prompt tuning, with as many steps, over as
-wide a range around the 3e-2 of its guide (an absolute number; see comparison/adapted.py for what it does).
+The tasks and their templates are those of recipes/compare_tasks.yaml. The base is a deep prompt behind the text, or
+with --base prompt the embedding prompt at the front that `tune` makes by default. Each trial is a run of
+`softprompt.tune` on the first 300 training rows of a random order, with 100 validation rows, scored on 500 test rows;
+with --seeds 2 there are two runs of it, and so on. The axis learning_rate goes over a range of 30 times, from a fifth
+of the default to six times it. The axis peft is PEFT's prompt tuning, with as many steps, over as wide a range around
+the 3e-2 of its guide (an absolute number; see comparison/adapted.py for what it does).
 
 RESULTS/MODEL.TASK.json is written after each trial; the same command goes on with the next one that is not there.
 Seconds are of processor time, so that programs beside it count for little.
@@ -41,7 +42,10 @@ from softprompt.training.loop import planned_steps
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare_tasks.yaml"
 TASKS = ("trec", "sst2", "agnews", "uit_vsfc")
-BASE = {"kind": "deep", "place": "behind"}
+BASES = {
+    "deep-behind": {"kind": "deep", "place": "behind"},
+    "prompt": {"kind": "embedding", "place": "front"},
+}
 # What is changed, one at a time; the base's own value is left out. Cheap and telling ones first.
 AXES: dict[str, list[dict[str, Any]]] = {
     "learning_rate": [{"learning_rate": rate} for rate in (0.01, 0.3, 0.02, 0.1)],
@@ -55,6 +59,7 @@ AXES: dict[str, list[dict[str, Any]]] = {
     ],  # 300 rows: equal steps
     "schedule": [{"schedule": "cosine"}, {"schedule": "constant"}, {"warmup": 0.05}, {"warmup": 0.15}],
     "optimizer": [{"clip": 0.0}, {"weight_decay": 0.1}, {"optimizer": "adafactor"}],
+    "reparametrisation": [{"reparametrisation": "residual"}],
     "guards": [{"norm_guard": 0.0}, {"norm_guard": 1.0}, {"average": 0.0}, {"rescue": False}],
     "place": [
         {"place": "front"},
@@ -73,6 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder for one JSON file a model and task")
     parser.add_argument("--models", nargs="+", default=["smollm2-135m"], help="aliases, hub ids or folders")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"default: {' '.join(TASKS)}")
+    parser.add_argument("--base", default="deep-behind", choices=list(BASES), help="what is changed")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES), help="default: all")
     parser.add_argument("--rows", type=int, default=300, help="training rows")
     parser.add_argument("--test-rows", type=int, default=500, help="test rows")
@@ -89,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = known_tasks()
     if unknown := set(args.tasks) - set(known):
         raise SystemExit(f"there is no task {', '.join(sorted(unknown))} in {RECIPE}; it has {', '.join(known)}")
-    changes = [("base", {}), *((axis, change) for axis in args.axes for change in AXES[axis])]
+    base = BASES[args.base]
+    axes = [axis for axis in args.axes if axis != "reparametrisation" or base["kind"] == "embedding"]  # deep has none
+    changes = [("base", {}), *((axis, change) for axis in axes for change in AXES[axis])]
     trials = [{"axis": axis, "change": change, "seed": seed} for seed in range(args.seeds) for axis, change in changes]
     args.out.mkdir(parents=True, exist_ok=True)
     for model in args.models:
@@ -99,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         backbone = sp.Backbone.load(model, precision=args.precision)
         for name in args.tasks:
-            run_all(backbone, config, name, trials, args.out / f"{Path(model).name}.{name}.json")
+            file = args.out / f"{Path(model).name}.{name}.json"
+            run_all(backbone, config, name, base, trials, file)
     return 0
 
 
@@ -109,11 +118,16 @@ def known_tasks() -> dict[str, Any]:
 
 
 def run_all(
-    backbone: sp.Backbone, config: ComparisonConfig, name: str, trials: Sequence[dict[str, Any]], out: Path
+    backbone: sp.Backbone,
+    config: ComparisonConfig,
+    name: str,
+    base: dict[str, str],
+    trials: Sequence[dict[str, Any]],
+    out: Path,
 ) -> None:
     """All trials of one task that are not in `out` yet; each is added to it."""
     model = Path(config.model[0]).name
-    setting = {"task": name, "rows": config.train_rows, "test_rows": config.test_rows, "base": BASE}
+    setting = {"task": name, "rows": config.train_rows, "test_rows": config.test_rows, "base": base}
     setting["precision"] = str(backbone.dtype).removeprefix("torch.")
     made = {**facts("defaults", model, "cpu", torch.get_num_threads()), **setting, "trials": kept_trials(out, setting)}
     done = [(trial["change"], trial["seed"]) for trial in made["trials"]]
@@ -128,7 +142,7 @@ def run_all(
         if trial["axis"] == "peft":
             result = trial | run_peft(backbone, front, change["peft_learning_rate"], seed)
         else:
-            settings = {"validation_rows": VALIDATION_ROWS, "seed": seed, **BASE, **change}
+            settings = {"validation_rows": VALIDATION_ROWS, "seed": seed, **base, **change}
             result = trial | run(backbone, tasks[settings.pop("place")], settings, texts)
         made["trials"].append(result)
         keep(made, str(out))

@@ -78,6 +78,7 @@ def test_trials_change_one_setting_of_the_base_and_are_not_run_twice(
         "AXES",
         {
             "init": [{"init": "random"}],
+            "reparametrisation": [{"reparametrisation": "residual"}],
             "place": [{"tokens": 900}, {"place": "front"}],
             "peft": [{"peft_learning_rate": 0.03}],
         },
@@ -103,6 +104,15 @@ def test_trials_change_one_setting_of_the_base_and_are_not_run_twice(
     assert [trial["seed"] for trial in json.loads(file.read_text())["trials"]] == [0] * 5 + [1] * 4
     with pytest.raises(SystemExit, match="another rows"):
         defaults.main([*told, "--rows", "10", "--test-rows", "12"])
+    with pytest.raises(SystemExit, match="another base"):
+        defaults.main([*told, "--rows", "20", "--test-rows", "12", "--base", "prompt"])
+    given = [*told[:-3], "reparametrisation", "--rows", "20", "--test-rows", "12"]
+    defaults.main([*given, "--out", str(tmp_path / "prompt"), "--base", "prompt"])
+    trials = json.loads((tmp_path / "prompt" / file.name).read_text())["trials"]
+    assert [trial["change"] for trial in trials] == [{}, {"reparametrisation": "residual"}]
+    assert trials[0]["loss"] != base["loss"] and trials[0]["trained_parameters"] != base["trained_parameters"]
+    defaults.main([*given, "--out", str(tmp_path / "deep")])
+    assert len(json.loads((tmp_path / "deep" / file.name).read_text())["trials"]) == 1  # a deep prompt has none
     with pytest.raises(SystemExit, match="no task nothing"):
         defaults.main(["--data", str(data), "--out", str(out), "--tasks", "nothing"])
     with pytest.raises(SystemExit):

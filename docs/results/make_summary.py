@@ -176,6 +176,7 @@ def defaults_table(found: Sequence[Line]) -> list[str]:
             known = [mean for mean in means if mean is not None]
             spread = f"{max(known) - min(known):.1f}" if known else ""
             where = f"{run['task']}, {run['model']}, {run.get('training_rows', run['rows'])}"
+            where += ", prompt" if run.get("base", {}).get("kind") == "embedding" else ""
             made.append(f"| {where} | {' | '.join(shown)} | {spread} | {len(seeds)} |")
     return made[1:]
 
