@@ -18,7 +18,7 @@ import torch
 from softprompt.comparison.catalogue import METHODS
 from softprompt.comparison.figures import ORDER, all_figures
 from softprompt.comparison.measure import Meter, energy, gpu_energy
-from softprompt.comparison.report import number, p_value, seconds, size, write_results
+from softprompt.comparison.report import at_edge, number, p_value, seconds, shown, size, write_results
 from softprompt.comparison.store import write_cell
 from softprompt.comparison.summary import averages, averages_by_size, summarise, to_csv
 
@@ -93,6 +93,19 @@ def test_the_view_by_size_has_the_same_tasks_for_all_and_methods_that_one_model_
         *(("small", method, 2) for method in ("deep", "lora", "full")),
         *(("large", method, 2) for method in ("deep", "lora")),
     }
+
+
+@pytest.mark.parametrize(
+    ("tried", "told"),
+    [([0.05], ""), ([0.02, 0.05, 0.1], ""), ([0.02, 0.05], "the highest tried"), ([0.05, 0.1], "the lowest tried")],
+)
+def test_a_best_learning_rate_at_the_edge_of_those_tried_is_told(tried: list[float], told: str) -> None:
+    trials = [{"learning_rate": rate, "score": 0.9, "loss": 0.1, "seconds": 1.0} for rate in tried]
+    (line,) = summarise([make_cell("lora", 0.9, trials=trials)])
+    assert at_edge(line) == told
+    assert shown(line)["rate"] == (f"0.05, {told}" if told else "0.05")
+    (line,) = summarise([make_cell("zero-shot", 0.5, trials=[], settings={})])
+    assert at_edge(line) == shown(line)["rate"] == ""
 
 
 class Page(HTMLParser):

@@ -48,7 +48,7 @@ def compare(
     config = load_comparison(
         settings[0], settings[1:], only=only, data=data, model=model, methods=methods, seeds=seeds, out=folder
     )
-    from ..comparison.report import write_results
+    from ..comparison.report import at_edge, write_results
     from ..comparison.run import compare as compare_all
     from ..comparison.summary import document
 
@@ -66,6 +66,12 @@ def compare(
     lines = write_results(config.out, cells, Path(settings[0]).stem)
     for table in tables(lines):
         out.show(table)
+    for line in lines:
+        if where := at_edge(line):
+            out.note(
+                f"{line['method']} on {line['task']}: the best learning rate, {line['learning_rate']:g}, is {where}; "
+                f"others may be better (learning_rates={{{line['method']}: [...]}})"
+            )
     files = {name: str(Path(config.out) / name) for name in ("summary.json", "results.csv", "report.html")}
     out.show("", *(f"{name:<14}{path}" for name, path in files.items()))
     failed = [cell for cell in cells if cell["status"] == "failed"]

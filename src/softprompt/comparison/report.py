@@ -74,9 +74,17 @@ def shown(line: Mapping[str, Any]) -> dict[str, Any]:
         "seeds": str(line["seeds"]),
         "seed_sd": "" if line["seed_sd"] is None else number(line["seed_sd"]),
         "p": "best" if line["best"] else p_value(line["p"]),
-        "rate": "" if not line["learning_rate"] else f"{line['learning_rate']:g}",
+        "rate": ", ".join(filter(None, [f"{line['learning_rate']:g}" if line["learning_rate"] else "", at_edge(line)])),
         **shown_costs(line),
     }
+
+
+def at_edge(line: Mapping[str, Any]) -> str:
+    """Whether the best learning rate was the highest or lowest of several: a better one may lie beyond; "" if not."""
+    tried = [trial["learning_rate"] for trial in line.get("trials") or ()]
+    if not tried or line["learning_rate"] not in (min(tried), max(tried)):
+        return ""
+    return "the highest tried" if line["learning_rate"] == max(tried) else "the lowest tried"
 
 
 def shown_costs(line: Mapping[str, Any]) -> dict[str, str]:
