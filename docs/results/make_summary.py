@@ -36,6 +36,8 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
     found = {}
     for folder in folders:
         for cell in Store(folder).all():
+            if cell["model"].startswith((".", "/", "~")):  # where a model's folder lay is nobody's business
+                cell["model"] = Path(cell["model"]).name
             found[cell["task"], cell["model"], cell["method"], cell["seed"]] = cell
     return list(found.values())
 
