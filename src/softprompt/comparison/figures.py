@@ -91,15 +91,15 @@ def size_figure(lines: Sequence[Line]) -> plots.Figure | None:
         for method in METHODS:
             some = sorted((x for x in shown if x["method"] == method), key=lambda x: x["model_parameters"])
             if some:
-                axes.plot([x["model_parameters"] for x in some], [x["score"] for x in some], **style(method))
-        _logarithmic(axes, [x["model_parameters"] for x in shown])
-        axes.set_xlabel("parameters of the model")
+                axes.plot([x["model_parameters"] / 1e6 for x in some], [x["score"] for x in some], **style(method))
+        _logarithmic(axes, [x["model_parameters"] / 1e6 for x in shown])
+        axes.set_xlabel("parameters of the model, in millions")
         axes.set_ylabel("mean score")
-        axes.legend(loc="best", fontsize=8)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
     said = "; ".join(f"{x['method']} at {x['model_parameters']:,}: {x['score']:.3f}" for x in shown)
     caption = f"Mean score over {shown[0]['tasks']} tasks, the same for all, by size of the model."
-    return plots.Figure(plots._render("sizes", draw, (6.0, 3.8)), said, caption)
+    return plots.Figure(plots._render("sizes", draw, (7.2, 3.8)), said, caption)
 
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:
