@@ -1,9 +1,12 @@
-"""Training whose loss is no number, for tests of what becomes of it."""
+"""Training whose loss is no number, or that is interrupted, for tests of what becomes of it."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,3 +28,16 @@ def spoil_losses(monkeypatch: pytest.MonkeyPatch, where: Callable[[Trainer], boo
             return
 
     monkeypatch.setattr(Trainer, "_train_step", broken)
+
+
+class interrupt_at:
+    """Listens to a run, or several, and interrupts it as Ctrl-C does after so many steps in all. steps: those seen."""
+
+    def __init__(self, count: int):
+        self.count, self.steps = count, 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            self.steps += 1
+            if self.steps == self.count:
+                os.kill(os.getpid(), signal.SIGINT)

@@ -70,7 +70,7 @@ class States:
     @property
     def shared(self) -> bool:
         """Whether these are of one row, the same for all."""
-        return not self.keys or self.keys[0].shape[0] == 1
+        return self.rows == 1
 
     def of_rows(self, index: torch.Tensor) -> States:
         """The states of some of the rows."""

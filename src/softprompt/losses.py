@@ -13,8 +13,11 @@ PIECE = 1 << 24
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum over rows of -log softmax(logits)[target], natural logarithm: [A, V], [A] -> scalar, at least float32."""
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(precise), targets, reduction="sum")
+    return F.cross_entropy(_precise(logits), targets, reduction="sum")
+
+
+def _precise(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def losses_of_hidden(
@@ -30,9 +33,7 @@ def losses_of_hidden(
     rows = max(1, PIECE // vocab_size)
     for start in range(0, len(targets), rows):
         piece = hidden[start : start + rows].detach().requires_grad_()
-        logits = head(piece)
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        each = F.cross_entropy(logits.to(precise), targets[start : start + rows], reduction="none")
+        each = F.cross_entropy(_precise(head(piece)), targets[start : start + rows], reduction="none")
         (gradient[start : start + rows],) = torch.autograd.grad(each.sum(), piece)
         losses.append(each.detach())
     return torch.cat(losses), gradient
@@ -40,6 +41,5 @@ def losses_of_hidden(
 
 def log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[target] of each row: [A, V], [A] -> [A], at least float32."""
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(precise)
+    logits = _precise(logits)
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)

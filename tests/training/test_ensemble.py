@@ -81,11 +81,11 @@ def test_few_rows_are_cross_validated_once_for_all_members(backbone):
 
 
 def test_members_of_few_rows_may_share_passes(backbone, monkeypatch):
-    from softprompt.training import few
+    from softprompt.training import sweep_trial
 
     task, settings = make_task(18, validation=0), {**BASE, "steps": 3, "folds": 2}
     alone = sp.tune_ensemble(backbone, task, size=2, **settings)
-    monkeypatch.setattr(few, "sharing_pays", lambda backbone: True)
+    monkeypatch.setattr(sweep_trial, "sharing_pays", lambda backbone: True)
     shared = sp.tune_ensemble(backbone, task, size=2, **settings)
     for one, other in zip(shared.prompts, alone.prompts, strict=True):
         torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=1e-8)

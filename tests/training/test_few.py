@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ from softprompt.training.few import (
     tune_few,
 )
 from softprompt.training.loop import LEAST, Validation, planned_steps
-from spoiled import spoil_losses
+from spoiled import interrupt_at, spoil_losses
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 BASE = dict(tokens=4, steps=8, batch_size=6, learning_rate=0.5, validate_every=2, checkpoint_every=3, init="random")
@@ -234,18 +232,6 @@ def test_the_prompt_is_that_of_a_run_over_all_rows_after_so_many_steps(backbone)
     assert found.validation.setting["cross_validated"] == 3
 
 
-def interrupt_at(count):
-    steps = []
-
-    def listen(event):
-        if event["event"] == "step":
-            steps.append(event)
-            if len(steps) == count:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    return listen
-
-
 @pytest.mark.parametrize("moment", [3, 13, 27])
 def test_interrupted_and_resumed_equals_undisturbed(backbone, tmp_path, moment):
     settings = {**BASE, "folds": 3, "patience": 9}
@@ -265,10 +251,10 @@ def test_interrupted_and_resumed_equals_undisturbed(backbone, tmp_path, moment):
 
 
 def test_folds_that_share_passes_say_the_same(backbone, monkeypatch):
-    from softprompt.training import few
+    from softprompt.training import sweep_trial
 
     alone = sp.tune(backbone, make_task(), **BASE, folds=3)
-    monkeypatch.setattr(few, "sharing_pays", lambda backbone: True)
+    monkeypatch.setattr(sweep_trial, "sharing_pays", lambda backbone: True)
     shared = sp.tune(backbone, make_task(), **BASE, folds=3)
     torch.testing.assert_close(shared.prompt.vectors, alone.prompt.vectors, rtol=0, atol=1e-8)
     one, other = (found.prompt.provenance["cross_validation"] for found in (shared, alone))

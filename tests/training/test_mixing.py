@@ -15,6 +15,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.training.config import TuneConfig
 from softprompt.training.mixing import Mixture, draws, shares_of
 from softprompt.training.run import encode_task
+from softprompt.training.together import compute_all
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 BASE = dict(tokens=4, steps=8, batch_size=6, learning_rate=0.5, validate_every=4, checkpoint_every=3)
@@ -105,7 +106,7 @@ def test_the_gradient_of_a_mixed_batch_is_the_sum_of_the_tasks(backbone, make):
     config = TuneConfig(**{**BASE, "steps": 1, "batch_size": 12, "validate_every": 1})
     run = Mixture(backbone, tasks, config, 1.0, 1000).begin(None, False, (), None)
     vectors = run.trainer.parameters.vectors().detach()
-    mixed = run.trainer.request(run.trainer.rows, vectors).compute(backbone)
+    (mixed,) = compute_all(backbone, [run.trainer.request(run.trainer.rows, vectors)])
     by_task = {name: set(encode_task(backbone, task, config)[0]) for name, task in tasks.items()}
     loss, gradient, tokens = 0.0, torch.zeros_like(vectors, dtype=torch.float64), 0
     from softprompt.computation import loss_and_gradient

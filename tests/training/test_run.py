@@ -19,6 +19,7 @@ from softprompt.training.checkpoint import load_checkpoint
 from softprompt.training.folder import CHECKPOINT
 from softprompt.training.loop import Validation, batches
 from softprompt.training.monitor import majority_warning, movement_warning, read_events
+from spoiled import spoil_losses
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 SETTINGS = dict(
@@ -138,18 +139,7 @@ def test_the_prompt_is_the_mean_over_the_last_steps(backbone, kind):
 
 
 def test_not_a_number_stops_with_the_last_checkpoint_kept(backbone, tmp_path, monkeypatch):
-    from softprompt.training import loop
-
-    real, calls = loop.loss_and_gradient, []
-
-    def broken(*args, **more):
-        found = real(*args, **more)
-        calls.append(1)
-        if len(calls) == 6:
-            found.loss = math.nan
-        return found
-
-    monkeypatch.setattr(loop, "loss_and_gradient", broken)
+    spoil_losses(monkeypatch, lambda trainer: trainer.step == 5)
     with pytest.raises(TrainingError, match=r"loss became nan at step 6.*last good checkpoint is kept.*learning_rate"):
         sp.tune(backbone, make_task(), run_folder=tmp_path / "run", **SETTINGS)
     kept = load_checkpoint(tmp_path / "run" / CHECKPOINT)

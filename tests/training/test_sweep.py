@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import softprompt as sp
 from softprompt.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.training.monitor import Monitor, read_events
 from softprompt.training.sweep_plan import expected_runs, kept, make_plan, rungs
-from spoiled import spoil_losses
+from spoiled import interrupt_at, spoil_losses
 from tiny_models import make_backbone, make_reviews, make_tokenizer
 
 BEHIND = "Review : {text} {soft} \n Sentiment :"
@@ -97,14 +96,15 @@ def test_trials_that_share_passes_are_the_runs_of_tune(backbone, monkeypatch, in
     task, deep = make_task(input=input), {"kind": "deep", "sink": 0}
     trials = [*DIFFERENT, {**deep, "learning_rate": 0.1}]
     found = sp.sweep(backbone, task, trials=trials, halving=0, share_passes=True, **BASE)
+    shared = sorted(sizes)
     assert [trial.state for trial in found.trials] == ["finished"] * len(trials)
     for trial in found.trials:
         alone = sp.tune(backbone, task, **{**BASE, **trial.settings})
         torch.testing.assert_close(trial.prompt.vectors, alone.prompt.vectors, rtol=0, atol=1e-8)
         assert (trial.score, trial.step) == (alone.validation.accuracy, alone.steps)
     # Five of one shape, one of them for five steps only, two deep ones, and one of seven tokens by itself.
-    assert sorted(sizes) == [1] * 9 + [2] * 9 + [4] * 4 + [5] * 5
-    assert sum(sizes) == sum(trial.step for trial in found.trials)
+    assert shared == [1] * 9 + [2] * 9 + [4] * 4 + [5] * 5
+    assert sum(shared) == sum(trial.step for trial in found.trials)
 
 
 def test_trials_of_other_texts_and_lengths_do_not_mix(backbone):
@@ -157,16 +157,16 @@ def test_a_failure_in_a_shared_pass_closes_all_runs(backbone, tmp_path, monkeypa
 
 
 def test_passes_are_shared_on_every_device_but_a_cpu(backbone, monkeypatch):
-    from softprompt.training import sweep, together
+    from softprompt.training import sweep, sweep_trial
 
     turns = []
-    real = together.advance
+    real = sweep_trial.advance
     monkeypatch.setattr(sweep, "advance", lambda some, *given: turns.append(len(some)) or real(some, *given))
     trials = {"grid": {"seed": [0, 1, 2]}, "halving": 0}
     sp.sweep(backbone, make_task(), **trials, **BASE)
     assert turns == [1, 1, 1]
-    assert not together.sharing_pays(backbone)
-    monkeypatch.setattr(sweep, "sharing_pays", lambda backbone: True)
+    assert not sweep_trial.sharing_pays(backbone)
+    monkeypatch.setattr(sweep_trial, "sharing_pays", lambda backbone: True)
     sp.sweep(backbone, make_task(), **trials, **BASE)
     assert turns == [1, 1, 1, 3]
 
@@ -254,19 +254,12 @@ def test_rungs():
 
 @pytest.mark.parametrize("stop", [3, 9, 14])
 def test_trials_that_share_passes_go_on_after_an_interruption(backbone, halved, tmp_path, stop):
-    steps = 0
-
-    def interrupt(event):
-        nonlocal steps
-        steps += event["event"] == "step"
-        if event["event"] == "step" and steps == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
+    interrupt = interrupt_at(stop)
     settings = dict(grid=GRID, halving=2, run_folder=tmp_path / "part", share_passes=True, **BASE)
     stopped = sp.sweep(backbone, make_task(), listen=interrupt, **settings)
-    assert stopped.reason == "interrupted" and stop <= steps < stop + 8
+    assert stopped.reason == "interrupted" and stop <= interrupt.steps < stop + 8
     resumed = sp.sweep(backbone, make_task(), resume=True, listen=interrupt, **settings)
-    assert steps == sum(trial.step for trial in halved.trials)  # nothing was computed twice
+    assert interrupt.steps == sum(trial.step for trial in halved.trials)  # nothing was computed twice
     for one, other in zip(resumed.trials, halved.trials, strict=True):
         assert (one.name, one.state, one.score, one.step) == (other.name, other.state, other.score, other.step)
         torch.testing.assert_close(one.prompt.vectors, other.prompt.vectors, rtol=0, atol=1e-8)
@@ -274,22 +267,15 @@ def test_trials_that_share_passes_go_on_after_an_interruption(backbone, halved, 
 
 @pytest.mark.parametrize("stop", [3, 10, 17])
 def test_interrupted_and_resumed_equals_undisturbed(backbone, halved, tmp_path, stop):
-    steps = 0
-
-    def interrupt(event):
-        nonlocal steps
-        steps += event["event"] == "step"
-        if event["event"] == "step" and steps == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
+    interrupt = interrupt_at(stop)
     settings = dict(grid=GRID, halving=2, run_folder=tmp_path / "part", **BASE)
     stopped = sp.sweep(backbone, make_task(), listen=interrupt, **settings)
-    assert stopped.reason == "interrupted" and steps == stop
+    assert stopped.reason == "interrupted" and interrupt.steps == stop
     resumed = sp.sweep(backbone, make_task(), resume=True, listen=interrupt, **settings)
-    assert steps == sum(trial.step for trial in halved.trials)  # nothing was computed twice
+    assert interrupt.steps == sum(trial.step for trial in halved.trials)  # nothing was computed twice
     assert_same(resumed, halved)
     again = sp.sweep(backbone, make_task(), resume=True, listen=interrupt, **settings)  # ended already
-    assert steps == sum(trial.step for trial in halved.trials)
+    assert interrupt.steps == sum(trial.step for trial in halved.trials)
     assert_same(again, halved)
 
 

@@ -30,8 +30,7 @@ from .monitor import Listener
 from .run import Run, TuneResult, begin, finish, interruptible
 from .sweep import begin_all
 from .sweep_plan import SweepPlan
-from .sweep_trial import DIVERGED, Trial
-from .together import advance, sharing_pays, turns
+from .sweep_trial import DIVERGED, Trial, advance, turns
 
 FEW = 100  # rows; a tenth of as many, the default share for validation, would be under ten
 FOLDS = 5
@@ -166,7 +165,7 @@ class Folds:
         tell: Tell = lambda event: None,
     ):
         self.task, self.config, self.count, self.tell = task, config, count, tell
-        self.patience, self.together = patience, sharing_pays(backbone)
+        self.patience = patience
         tasks = fold_tasks(task, count, config.seed)
         plan = SweepPlan(tuple({"fold": number, "seed": config.seed + number} for number in range(1, count + 1)), 0)
         configs = [config.model_copy(update={"seed": own["seed"], "tensorboard": False}) for own in plan.trials]
@@ -178,7 +177,7 @@ class Folds:
         """Advance all folds to the end, or to where `patience` ends them; None if that was interrupted."""
         means: dict[int, Validation] = {}
         for step in self.checks():
-            for some in turns(self.trials, self.together):
+            for some in turns(self.trials):
                 advance(some, step / some[0].steps, asked, _none_diverged)
                 if asked():
                     return None
@@ -337,7 +336,7 @@ def run_to(runs: Sequence[Run], step: int, asked: Callable[[], bool]) -> bool:
     for run in runs:
         if run.trainer.step >= step:  # resumed after its end
             run.monitor.look_back(run.trainer.step)
-    for some in turns(trials, sharing_pays(runs[0].backbone)):
+    for some in turns(trials):
         advance(some, step / some[0].steps, asked, _none_diverged)
         if any(trial.step < step for trial in some):
             return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 
 from ..attention import StateCache
 from ..backbone import Backbone
-from ..computation import LossAndGradient, is_deep, keep_texts, loss_and_gradient
+from ..computation import LossAndGradient, is_deep, keep_texts
 from ..errors import TrainingError
 from ..machine import text_bytes, tokens_at_once
 from ..placement import Row, shared_length
@@ -28,6 +27,7 @@ from .monitor import Monitor, majority_warning, movement_warning
 from .parameters import make_optimizer, make_parameters
 from .rescue import Valley
 from .schedule import learning_rate_factor
+from .together import Course, GradientRequest
 from .world import World
 
 NO_GAIN = "no better score"
@@ -61,49 +61,6 @@ class Validation:
         if self.score > score + self.error:
             return True
         return self.score >= score - self.error and self.loss < loss
-
-
-@dataclass
-class GradientRequest:
-    """What a step needs: the loss of `rows` and its gradient at `vectors`, that is `loss_and_gradient` with the other
-    fields as its arguments. seconds: what that took, of a pass for several the request's share; set by who computed."""
-
-    rows: Sequence[Row]
-    vectors: torch.Tensor
-    start: int
-    cache: StateCache
-    micro_batch_tokens: int
-    seconds: float = 0.0
-
-    def compute(self, backbone: Backbone) -> LossAndGradient:
-        begun = time.perf_counter()
-        found = loss_and_gradient(
-            backbone,
-            self.rows,
-            self.vectors,
-            micro_batch_tokens=self.micro_batch_tokens,
-            start=self.start,
-            cache=self.cache,
-        )
-        self.seconds = time.perf_counter() - begun
-        return found
-
-
-# A run that stops at each step to ask, so that those of several can be computed together (together.py). Returns why it
-# ended.
-Course = Generator[GradientRequest, LossAndGradient, str]
-
-
-def follow(course: Course, backbone: Backbone) -> str:
-    """Go through `course`, computing what it asks for; returns why it ended."""
-    found = None
-    with closing(course):
-        while True:
-            try:
-                request = next(course) if found is None else course.send(found)
-            except StopIteration as end:
-                return str(end.value)
-            found = request.compute(backbone)
 
 
 def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -126,6 +126,6 @@ def make_optimizer(
         groups.append({"params": network, "lr": learning_rate * 0.1})
     if adam:
         return torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=False)
-    for group in groups:
-        group["eps"] = (None, 1e-3 if group["params"][0] is learned and not deep else 1.0)
+    for group, least in zip(groups, (1.0 if deep else 1e-3, 1.0)):
+        group["eps"] = (None, least)
     return torch.optim.Adafactor(groups, weight_decay=weight_decay)

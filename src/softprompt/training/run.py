@@ -30,9 +30,10 @@ from ..text_store.store import open_texts
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import TuneConfig
 from .folder import CHECKPOINT, prepare, record, versions
-from .loop import Course, Trainer, Validation, follow
+from .loop import Trainer, Validation
 from .monitor import Listener, Monitor
 from .quiet_start import quiet
+from .together import Course, follow
 from .transfer import AUTO, best_start, fitted
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Run:
 
     def go_on(self, stop: Callable[[], bool]) -> str:
         """Train until the end or until `stop` says so after a step; returns why it ended (see `Trainer.course`)."""
-        return follow(self.course(stop), self.backbone)
+        return follow([self.course(stop)], self.backbone)[0]
 
     def course(self, stop: Callable[[], bool]) -> Course:
         """The same for whoever computes what its steps ask for."""

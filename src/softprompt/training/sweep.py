@@ -28,8 +28,7 @@ from .loop import Validation
 from .monitor import Listener
 from .run import begin, encode_task, finish, interruptible, settle
 from .sweep_plan import HALVING, Settings, SweepPlan, expected_runs, kept, make_plan, rungs
-from .sweep_trial import DIVERGED, FINISHED, RUNNING, Trial, best_first, finite
-from .together import advance, sharing_pays, turns
+from .sweep_trial import DIVERGED, FINISHED, RUNNING, Trial, advance, best_first, finite, turns
 
 STATE = "sweep.json"
 Tell = Callable[[dict[str, Any]], None]
@@ -102,9 +101,8 @@ def sweep(
     steps = sum(trial.steps for trial in racers) / len(racers) * expected_runs(len(racers), plan.halving)
     done = sum(trial.step for trial in racers)
     tell({"event": "sweep", "trials": [t.to_dict() for t in racers], "steps": round(steps), "done": done})
-    together = sharing_pays(backbone) if share_passes is None else share_passes
     with interruptible() as asked:
-        finished = _race(racers, plan.halving, together, state, asked, tell)
+        finished = _race(racers, plan.halving, share_passes, state, asked, tell)
     ordered = sorted(racers, key=lambda trial: trial.rank)
     if not finished:
         prompt = _best_so_far(ordered)
@@ -274,7 +272,7 @@ def _open_folder(
 
 
 def _race(
-    trials: list[Trial], halving: int, together: bool, state: _State, asked: Callable[[], bool], tell: Tell
+    trials: list[Trial], halving: int, together: bool | None, state: _State, asked: Callable[[], bool], tell: Tell
 ) -> bool:
     """Train all, dropping the losers at each rung; False if it was interrupted. Raises TrainingError (all diverged)."""
     for trial in trials:
@@ -305,7 +303,7 @@ def _race(
 
 
 def _advance(
-    trials: Sequence[Trial], share: float, together: bool, state: _State, asked: Callable[[], bool], tell: Tell
+    trials: Sequence[Trial], share: float, together: bool | None, state: _State, asked: Callable[[], bool], tell: Tell
 ) -> bool:
     """Train each of `trials` up to `share` of its steps, step by step or one after another; False if that was
     interrupted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from ..atomic import write_atomic
 from ..errors import TrainingError
 from ..prompt import SoftPrompt
 from .config import TuneConfig
-from .loop import NO_GAIN, Course, Validation
+from .loop import NO_GAIN, Validation
 from .run import Run, prompt_of
+from .together import Course, follow, sharing_pays
 
 RUNNING, FINISHED, DROPPED, DIVERGED = "running", "finished", "dropped", "diverged"
 STATES = (RUNNING, FINISHED, DROPPED, DIVERGED)
@@ -147,6 +148,26 @@ class Trial:
         if self.prompt is not None:
             self.prompt.save(folder / "prompt", overwrite=True)
         write_atomic(folder / "result.json", json.dumps(self.to_dict(), indent=2).encode())
+
+
+def turns(trials: Sequence[Trial], together: bool | None = None) -> list[list[Trial]]:
+    """Which of `trials`, which have one backbone, are advanced together, group after group; None: where it pays."""
+    if together is None:
+        together = sharing_pays(trials[0].run.backbone)
+    return [list(trials)] if together else [[trial] for trial in trials]
+
+
+def advance(
+    trials: Sequence[Trial],
+    share: float,
+    asked: Callable[[], bool],
+    ended: Callable[[Trial], None] = lambda trial: None,
+) -> None:
+    """Train each of `trials`, which have one backbone, up to `share` of its steps or until `asked` says to stop. Their
+    steps share passes. A loss that is not finite ends one trial and not the others. ended: told of each trial when its
+    stretch is over."""
+    courses = [trial.course(share, asked) for trial in trials]
+    follow(courses, trials[0].run.backbone, lambda number: ended(trials[number]))
 
 
 def _order(score: float | None, loss: float | None, name: str) -> tuple[float, float, str]:

@@ -1,17 +1,37 @@
-"""Several runs step by step: all ask for their gradients, and those that can share a pass are computed by one."""
+"""Runs that stop at each step to ask for a gradient: those that can share a pass are computed by one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from ..attention import StateCache
 from ..backbone import Backbone
 from ..computation import LossAndGradient
+from ..placement import Row
 from ..shared_passes import losses_and_gradients
-from .loop import GradientRequest
-from .sweep_trial import Trial
+
+
+@dataclass
+class GradientRequest:
+    """What a step needs: the loss of `rows` and its gradient at `vectors`, that is `loss_and_gradient` with the other
+    fields as its arguments. seconds: what that took, of a pass for several the request's share; set by who computed."""
+
+    rows: Sequence[Row]
+    vectors: torch.Tensor
+    start: int
+    cache: StateCache
+    micro_batch_tokens: int
+    seconds: float = 0.0
+
+
+# One run, or a stretch of it. Returns why it ended.
+Course = Generator[GradientRequest, LossAndGradient, str]
 
 
 def sharing_pays(backbone: Backbone) -> bool:
@@ -21,32 +41,26 @@ def sharing_pays(backbone: Backbone) -> bool:
     return backbone.device.type != "cpu"
 
 
-def turns(trials: Sequence[Trial], together: bool) -> list[list[Trial]]:
-    """Which of `trials` are advanced together, group after group."""
-    return [list(trials)] if together else [[trial] for trial in trials]
-
-
-def advance(
-    trials: Sequence[Trial],
-    share: float,
-    asked: Callable[[], bool],
-    ended: Callable[[Trial], None] = lambda trial: None,
-) -> None:
-    """Train each of `trials`, which have one backbone, up to `share` of its steps or until `asked` says to stop. Their
-    steps share passes. A loss that is not finite ends one trial and not the others. ended: told of each trial when its
-    stretch is over."""
-    backbone = trials[0].run.backbone
+def follow(
+    courses: Sequence[Course], backbone: Backbone, ended: Callable[[int], None] = lambda number: None
+) -> list[str]:
+    """Go through all `courses` side by side, computing what they ask for; returns why each ended. ended: told the
+    number of each when it has."""
+    reasons = [""] * len(courses)
     with ExitStack() as stack:
-        courses = [stack.enter_context(closing(trial.course(share, asked))) for trial in trials]
-        found: dict[int, LossAndGradient | None] = dict.fromkeys(range(len(trials)))
+        for course in courses:
+            stack.enter_context(closing(course))
+        found: dict[int, LossAndGradient | None] = dict.fromkeys(range(len(courses)))
         while found:
             requests = {}
             for number, answer in found.items():
                 try:
                     requests[number] = courses[number].send(answer)  # type: ignore[arg-type]  # None begins it
-                except StopIteration:
-                    ended(trials[number])
+                except StopIteration as end:
+                    reasons[number] = str(end.value)
+                    ended(number)
             found = dict(zip(requests, compute_all(backbone, list(requests.values())), strict=True))
+    return reasons
 
 
 def compute_all(backbone: Backbone, requests: Sequence[GradientRequest]) -> list[LossAndGradient]:
