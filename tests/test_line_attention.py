@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.attention import Pass, States
-from softprompt.line_attention import ALIKE, Call, alike, attend
+from softprompt.line_attention import APART, Call, alike, attend
 
-HEADS, KV_HEADS, SIZE, VALUE_SIZE = 4, 2, 8, 6
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+SCALE = 0.3
 TREE = (-1, 0, 0, 2, -1)
 
 
@@ -17,7 +18,7 @@ def noise(*shape):
 
 
 def piece(rows, size, lengths=None):
-    return States([noise(rows, KV_HEADS, size, SIZE)], [noise(rows, KV_HEADS, size, VALUE_SIZE)], lengths)
+    return States([noise(rows, KV_HEADS, size, SIZE)], [noise(rows, KV_HEADS, size, SIZE)], lengths)
 
 
 def reference(query, key, value, rows, window, softcap):
@@ -51,7 +52,7 @@ def one_row(query, keys, values, parents, window, softcap):
         seen = [*range(before), *(before + node for node in own)]
         seen = seen if window is None else seen[-window:]
         heads = [h * KV_HEADS // HEADS for h in range(HEADS)]
-        scores = torch.einsum("hd,hsd->hs", query[:, t], keys[heads][:, seen])
+        scores = torch.einsum("hd,hsd->hs", query[:, t], keys[heads][:, seen]) * SCALE
         scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
         outs.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), values[heads][:, seen]))
     return torch.stack(outs)
@@ -62,6 +63,8 @@ CASES = {
     "blocks of unlike length": {"lengths": [2, 9, 8, 1, 7, 3]},
     "behind what all share": {"lengths": [4, 4], "before": [(1, 3), (1, 2)]},
     "behind a lead": {"lengths": [9, 2, 3], "lead": 4},
+    "behind a lead that is longer than all": {"lengths": [9, 2, 3], "lead": 12},
+    "behind a lead, of unlike length": {"lengths": [90, 2, 3, 80, 1], "lead": 2},
     "behind a lead behind what all share": {"lengths": [9, 2, 3], "before": [(1, 3)], "lead": 4},
     "behind pieces of their own": {"lengths": [5, 1, 3], "before": [(1, 2), (3, 4, (4, 1, 0)), (3, 2)]},
     "a tree": {"lengths": [5, 5], "before": [(1, 2)], "parents": TREE},
@@ -77,30 +80,44 @@ def test_it_is_attention_row_by_row(case, more):
     states = [piece(rows, size, *map(torch.tensor, rest)) for rows, size, *rest in given.pop("before", [])]
     rows = Pass(before=states, **given)
     count = sum(rows.lengths) + rows.lead
-    query, key, value = noise(HEADS, count, SIZE), noise(KV_HEADS, count, SIZE), noise(KV_HEADS, count, VALUE_SIZE)
-    leaves = [query, key, value, *(tensor for s in states for tensor in (s.keys[0], s.values[0]))]
+    joined = noise(count, HEADS + 2 * KV_HEADS, SIZE)
+    query, key, value = joined.transpose(0, 1).split([HEADS, KV_HEADS, KV_HEADS])
+    leaves = [joined, *(tensor for s in states for tensor in (s.keys[0], s.values[0]))]
     window, softcap = more.get("window"), more.get("softcap")
-    call = Call(rows.blocks, rows.places(HEADS, KV_HEADS), window, softcap)
+    call = Call(rows.blocks, rows.places(HEADS, KV_HEADS), SCALE, window, softcap)
     wanted = reference(query, key, value, rows, window, softcap)
     weight = torch.randn_like(wanted)
     gradients = torch.autograd.grad((wanted * weight).sum(), leaves)
     pieces = [(s.keys[0], s.values[0]) for s in states]
     for fused in (False, True) if softcap is None else (False,):
-        found = attend(query, key, value, pieces, call, fused)
+        found = attend(joined, pieces, call, fused)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
         for mine, right in zip(torch.autograd.grad((found * weight).sum(), leaves), gradients, strict=True):
             torch.testing.assert_close(mine, right, rtol=0, atol=1e-12)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30))
-def test_rows_of_like_length_are_together(lengths):
-    groups = alike(lengths)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=30), st.integers(0, 100))
+def test_rows_of_like_length_are_together(lengths, lead):
+    groups = alike(lengths, lead)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
         of_group = [lengths[row] for row in group]
-        assert of_group == sorted(of_group, reverse=True) and of_group[-1] >= ALIKE * of_group[0]
-    ends = [lengths[group[0]] for group in groups]
-    assert ends == sorted(set(ends), reverse=True)
+        assert of_group == sorted(of_group, reverse=True)
+    firsts = [lengths[group[0]] for group in groups]
+    assert firsts == sorted(set(firsts), reverse=True)
+
+
+def test_a_further_group_is_made_where_it_spares_more_than_it_costs():
+    assert alike([40, 40, 10, 10]) == [[0, 1, 2, 3]]
+    assert APART < 2 * (200 * 200 - 100 * 100)
+    assert alike([200, 100, 200, 100]) == [[0, 2], [1, 3]]
+    assert alike([40, 10], lead=1000) == [[0], [1]]
+
+
+def test_a_lead_is_a_row_of_a_block_that_is_wide_enough():
+    assert [(block.rows, block.width, block.has_lead) for block in Pass([9, 2], lead=4).blocks] == [(3, 9, True)]
+    assert [(block.rows, block.width) for block in Pass([9, 2], lead=10).blocks] == [(2, 9), (1, 10)]
+    assert [(block.rows, block.width) for block in Pass([500], lead=10).blocks] == [(1, 500), (1, 10)]
 
 
 def test_pieces_that_need_no_gradient_get_none():
@@ -108,7 +125,7 @@ def test_pieces_that_need_no_gradient_get_none():
     fixed, learned = piece(1, 3), piece(1, 2)
     fixed = States([fixed.keys[0].detach()], [fixed.values[0].detach()])
     rows = Pass([2, 2], [fixed, learned])
-    line = [noise(heads, 4, SIZE) for heads in (HEADS, KV_HEADS)] + [noise(KV_HEADS, 4, VALUE_SIZE)]
+    line = noise(4, HEADS + 2 * KV_HEADS, SIZE)
     pieces = [(s.keys[0], s.values[0]) for s in (fixed, learned)]
-    attend(*line, pieces, Call(rows.blocks, rows.places(HEADS, KV_HEADS), None, None), False).sum().backward()
+    attend(line, pieces, Call(rows.blocks, rows.places(HEADS, KV_HEADS), SCALE), False).sum().backward()
     assert fixed.keys[0].grad is None and learned.keys[0].grad.abs().sum() > 0

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from .line_attention import Block, Call, Places, alike, attend
+from .line_attention import APART, Block, Call, Places, alike, attend
 
 NAME = "softprompt_rows"
 # Scores of one layer that are kept for the backward pass: 16 MiB in float32. Longer rows take fused attention.
@@ -129,11 +129,10 @@ class Pass:
         assert not self.lead or same, "a lead follows what all rows share"
         self._begins = list(itertools.accumulate(self.lengths, initial=self.lead))
         # Rows with pieces of their own stay together, so that those need not be copied.
-        groups = alike(self.lengths) if same and self.parents is None else [list(range(len(self.lengths)))]
+        groups = alike(self.lengths, self.lead) if same and self.parents is None else [list(range(len(self.lengths)))]
         self.blocks = [self._block(group) for group in groups]
         if self.lead:
-            alone = torch.arange(self.lead)[None]
-            self.blocks.append(self._made(alone, torch.ones_like(alone, dtype=torch.bool), lead=0))
+            self._add_lead()
         self._places: dict[tuple[int, int], Places] = {}
 
     def _block(self, group: Sequence[int]) -> Block:
@@ -143,9 +142,22 @@ class Pass:
         real = own < lengths[:, None]
         return self._made((begins[:, None] + own).masked_fill(~real, 0), real, self.lead)
 
-    def _made(self, tokens: torch.Tensor, real: torch.Tensor, lead: int) -> Block:
+    def _add_lead(self) -> None:
+        """The lead's own queries: one more row of a block that is wide enough, or a block of their own."""
+        own = torch.arange(self.lead)[None]
+        wide = [i for i, b in enumerate(self.blocks) if self.lead <= b.width and b.width * b.own <= APART]
+        if not wide or self.parents is not None:
+            self.blocks.append(self._made(own, torch.ones_like(own, dtype=torch.bool), lead=0))
+            return
+        block = self.blocks[wide[-1]]
+        row = nn.functional.pad(own, (0, block.width - self.lead))
+        real = torch.arange(block.width)[None] < self.lead
+        tokens, real = torch.cat([block.tokens, row]), torch.cat([block.real, real])
+        self.blocks[wide[-1]] = self._made(tokens, real, self.lead, has_lead=True)
+
+    def _made(self, tokens: torch.Tensor, real: torch.Tensor, lead: int, has_lead: bool = False) -> Block:
         sizes = [(states.size, states.lengths) for states in self.before]
-        return Block(tokens, real, sizes, lead, self.parents, torch.device(self.device))
+        return Block(tokens, real, sizes, lead, self.parents, torch.device(self.device), has_lead)
 
     def places(self, heads: int, kv_heads: int) -> Places:
         """Where queries and keys of a layer with so many heads go; the same for all such layers."""
@@ -242,22 +254,51 @@ def rows_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in each layer in place of its own attention. Returns [1, N, heads, D]."""
+    if query.shape[0] != 1:
+        raise UnsupportedAttentionError(f"{type(module).__name__} asks its attention for several lines")
+    sizes = key.shape[-1], value.shape[-1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    joined = torch.cat([_filled(x[0], max(sizes)) for x in (query, key, value)]).transpose(0, 1)
+    found = joined_attention(module, joined, query.shape[1], scale, sliding_window, softcap, sizes, **kwargs)
+    return found[None, ..., : sizes[1]], None
+
+
+def joined_attention(
+    module: nn.Module,
+    joined: torch.Tensor,
+    heads: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sizes: tuple[int | None, int | None] = (None, None),
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The same of queries, keys and values side by side: [N, heads + 2 K, D] -> [N, heads, D].
+
+    sizes: what of D is keys and what is values, where one of them is filled up with zeros.
+    """
     rows: Pass | None = getattr(_active, "rows", None)
     strange = [name for name, given in kwargs.items() if name not in _KNOWN and given is not None]
-    if rows is None or strange or query.shape[0] != 1:
+    if rows is None or strange:
         raise UnsupportedAttentionError(f"{type(module).__name__} asks its attention for {strange or 'a mask'}")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    size, kv_heads = joined.shape[-1], (joined.shape[1] - heads) // 2
+    scale = size**-0.5 if scaling is None else scaling
+    query, key, value = joined.transpose(0, 1)[None].split([heads, kv_heads, kv_heads], dim=1)
     if rows.record:
-        rows.recorded[layer] = (key, value)
-    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    heads, kv_heads = query.shape[1], key.shape[1]
+        rows.recorded[layer] = (key[..., : sizes[0]], value[..., : sizes[1]])
     if rows.see:
-        rows.see(layer, query, kv_heads)
-    pieces = [(states.keys[layer], states.values[layer]) for states in rows.before]
-    call = Call(rows.blocks, rows.places(heads, kv_heads), sliding_window, softcap)
+        rows.see(layer, query[..., : sizes[0]] * scale, kv_heads)
+    pieces = [(_filled(states.keys[layer], size), _filled(states.values[layer], size)) for states in rows.before]
+    call = Call(rows.blocks, rows.places(heads, kv_heads), scale, sliding_window, softcap)
     most = max(block.rows * block.width * block.total for block in rows.blocks)
     fused = softcap is None and heads * most > LONG
-    return attend(query[0], key[0], value[0], pieces, call, fused)[None], None
+    return attend(joined, pieces, call, fused)
+
+
+def _filled(states: torch.Tensor, size: int) -> torch.Tensor:
+    missing = size - states.shape[-1]
+    return nn.functional.pad(states, (0, missing)) if missing else states
 
 
 AttentionInterface.register(NAME, rows_attention)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from .attention import joined_attention, rows_attention
 from .few_rows import product
 
 NOTED = "softprompt_noted"  # the attention that is called while a module is tried
@@ -82,39 +83,36 @@ class Gated(torch.autograd.Function):
 
 
 class Turned(torch.autograd.Function):
-    """Queries, keys and values out of one product, the first two turned by their tokens' positions.
+    """Queries, keys and values side by side, the first two turned by their tokens' positions.
 
     Rotary embedding (Su et al. 2021, arXiv:2104.09864) as Llama lays it out, the second half of a head beside the
-    first: joined [N, H + 2 K, D] and cos, sin [N, D] -> [N, H, D], [N, K, D], [N, K, D].
+    first: joined [N, J, D], of which `turned` heads are turned, and cos, sin [N, D] -> [N, J, D].
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, joined: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, joined: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned: int) -> torch.Tensor:
         half = joined.shape[-1] // 2
         signed = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)[:, None]
-        cos = cos[:, None]
-        ctx.save_for_backward(cos, signed)
-        query, key, value = joined.split(_sizes(joined.shape[1], heads), dim=1)
-        return _turn(query, cos, signed), _turn(key, cos, signed), value.contiguous()
+        ctx.save_for_backward(cos[:, None], signed)
+        ctx.turned = turned
+        return _turn(joined, cos[:, None], signed, turned)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, signed = ctx.saved_tensors
         back = signed.roll(signed.shape[-1] // 2, dims=-1)  # a turn's transpose
-        of_query, of_key, of_value = gradients
-        return torch.cat([_turn(of_query, cos, back), _turn(of_key, cos, back), of_value], dim=1), None, None, None
+        return _turn(gradient, cos, back, ctx.turned), None, None, None
 
 
-def _turn(states: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor) -> torch.Tensor:
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), signed)
-
-
-def _sizes(joined: int, heads: int) -> list[int]:
-    kv_heads = (joined - heads) // 2
-    return [heads, kv_heads, kv_heads]
+def _turn(joined: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor, turned: int) -> torch.Tensor:
+    found = torch.empty_like(joined)
+    states, others = joined.split([turned, joined.shape[1] - turned], dim=1)
+    first, rest = found.split([turned, joined.shape[1] - turned], dim=1)
+    torch.mul(states, cos, out=first)
+    first.addcmul_(states.roll(states.shape[-1] // 2, dims=-1), signed)
+    rest.copy_(others)
+    return found
 
 
 @dataclass(frozen=True)
@@ -225,6 +223,7 @@ def _attention(module: nn.Module, model: nn.Module) -> _Known | None:
     out = parts.pop("o_proj")
     whole, size = _whole(list(parts.values())), int(module.head_dim)  # type: ignore[arg-type]
     heads = parts["q_proj"].out_features // size
+    sizes = [heads, *[parts["k_proj"].out_features // size] * 2]
     config: Any = module.config
     asked: dict[str, Any] = {}  # what the module itself asks its attention for
 
@@ -239,12 +238,15 @@ def _attention(module: nn.Module, model: nn.Module) -> _Known | None:
             raise ValueError("tokens in one line and no cache are expected here; this is a bug in softprompt")
         joined = product(whole, hidden_states[0]).unflatten(-1, (-1, size))
         if norms:
-            query, key, value = joined.split(_sizes(joined.shape[1], heads), dim=1)
+            query, key, value = joined.split(sizes, dim=1)
             joined = torch.cat([module.q_norm(query), module.k_norm(key), value], dim=1)  # type: ignore[operator]
-        states = Turned.apply(joined, position_embeddings[0][0], position_embeddings[1][0], heads)
-        query, key, value = (x.transpose(0, 1)[None] for x in states)
-        attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
-        seen, weights = attend(module, query, key, value, attention_mask, **{**asked, **more})
+        turned = Turned.apply(joined, position_embeddings[0][0], position_embeddings[1][0], sum(sizes[:2]))
+        attend, weights = ALL_ATTENTION_FUNCTIONS[config._attn_implementation], None
+        if attend is rows_attention:  # which can do without the three being cut apart
+            seen = joined_attention(module, turned, heads, **{**asked, **more})
+        else:
+            query, key, value = turned.transpose(0, 1)[None].split(sizes, dim=1)
+            seen, weights = attend(module, query, key, value, attention_mask, **{**asked, **more})
         return out(seen.reshape(1, -1, out.in_features)), weights
 
     noise = _noise(whole.in_features, whole.weight)

@@ -1,15 +1,13 @@
 """The products of attention for rows that stand in one line, and their gradient, written out.
 
 Tokens of all rows stand in one line, [N, heads, D]. Rows of like length form a block. For a block the queries and keys
-are gathered from the line into a rectangle in one step each, the query heads that share a key-value head laid out as
-further queries of it, so that no key is repeated; what is computed is put back into the line in one step for all
-blocks. Autograd would do the same through some hundred small operations a layer, which took longer than the products.
+are gathered from the line into rectangles, the query heads that share a key-value head laid out as further queries of
+it, so that no key is repeated; gathering, and putting back into the line what is computed, is one step for all blocks.
+ Autograd would do the same through some hundred small operations a layer, which took longer than the products.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +16,25 @@ import torch
 from torch import nn
 
 Piece = tuple[torch.Tensor, torch.Tensor]  # keys and values that stand before the rows, [R or 1, K, S, D] each
-# A row that is shorter than this share of its block's longest goes into another block: less to compute for nothing.
-ALIKE = 0.6
+# A further block takes as long as so many pairs of a query and a key: some 40 operations, of which most are short.
+APART = 8192
 
 
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """The numbers of the rows in groups of like length, the longest first."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not groups or lengths[row] < ALIKE * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
+def alike(lengths: Sequence[int], lead: int = 0) -> list[list[int]]:
+    """The numbers of the rows in groups of like length, the longest first: rows that are shorter go into a group of
+    their own where that spares more pairs of empty slots than a further group is worth. lead: keys besides a row's own.
+    """
+
+    def cut(rows: list[int]) -> list[list[int]]:
+        pairs = [lengths[row] * (lead + lengths[row]) for row in rows]
+        spared = [(pairs[0] - mine) * (len(rows) - i) for i, mine in enumerate(pairs)]
+        most = max(spared, default=0)
+        if most <= APART:
+            return [rows] if rows else []
+        at = spared.index(most)
+        return cut(rows[:at]) + cut(rows[at:])
+
+    return cut(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
 
 
 @dataclass
@@ -38,7 +43,8 @@ class Block:
 
     tokens: [R, T], the number in line of each slot's token, 0 in an empty slot; real: [R, T], which are not empty.
     before: size and lengths ([R] or None) of each piece that stands before the rows. lead: so many tokens at the
-    beginning of the line stand between those and the rows. parents: as in `Pass`.
+    beginning of the line stand between those and the rows. parents: as in `Pass`. has_lead: the last row is the lead
+    itself, which sees only its own.
     """
 
     tokens: torch.Tensor
@@ -47,6 +53,7 @@ class Block:
     lead: int
     parents: Sequence[int] | None
     device: torch.device
+    has_lead: bool = False
 
     def __post_init__(self) -> None:
         self.rows, self.width = self.tokens.shape
@@ -85,7 +92,11 @@ class Block:
         pieces: list[torch.Tensor] = []  # of keys hidden because there is no token, [R or 1, 1, size]
         positions: list[torch.Tensor] = []  # of keys, [R or 1, size]
         start = torch.zeros(1, dtype=torch.long, device=self.device)  # [R or 1], position of each row's next piece
-        for size, lengths in [*self.before, (self.lead, None)]:
+        of_lead = None
+        if self.has_lead:
+            of_lead = torch.full((self.rows,), self.lead)
+            of_lead[-1] = 0
+        for size, lengths in [*self.before, (self.lead, of_lead)]:
             places = torch.arange(size, device=self.device)[None]
             real = torch.full((1,), size, device=self.device) if lengths is None else lengths.to(self.device)
             pieces.append((places >= real[:, None])[:, None])
@@ -115,129 +126,167 @@ class Block:
 
 
 class Places:
-    """Where everything goes, for a model with H query heads and K key-value heads, G = H / K.
+    """Where everything goes, for a model with H query heads and K key-value heads, G = H / K, J = H + 2 K.
 
-    A line is seen as [N * H, D] or [N * K, D]. queries, keys: for each block the places in line of its rectangles
-    [R, K, G, T] and [R, K, lead + T]. query_slots: [N * H], key_slots: [N * K], where each place of the line stands in
-    the rectangles of all blocks, one after the other.
+    A line of queries, keys and values side by side is seen as [N * J, D]; of each block there are rectangles of queries
+    [R, K, G, T], keys and values [R, K, lead + T], one after the other. gathered: the places in line of the rectangles
+    of all blocks. slots: [N * J], where each place of the line stands among all these. query_slots: [N * H], where each
+    query stands among the rectangles of queries alone.
     """
 
     def __init__(self, blocks: Sequence[Block], heads: int, kv_heads: int):
         device = blocks[0].device
-        of_head, of_kv = torch.arange(heads), torch.arange(kv_heads)
-        count = sum(int(block.real.sum()) for block in blocks)
-        query_slots = torch.empty(count, heads, dtype=torch.long)
-        key_slots = torch.empty(count, kv_heads, dtype=torch.long)
-        self.heads, self.kv_heads = heads, kv_heads
-        self.queries, self.keys = [], []
-        queries_before = keys_before = 0
+        self.heads, self.kv_heads, self.joined = heads, kv_heads, heads + 2 * kv_heads
+        of_head, of_kv = torch.arange(heads), heads + torch.arange(kv_heads)
+        count = 1 + max(int(block.tokens.max()) for block in blocks)
+        slots, query_slots = (
+            torch.empty(count, self.joined, dtype=torch.long),
+            torch.empty(count, heads, dtype=torch.long),
+        )
+        gathered: list[torch.Tensor] = []
+        self.sizes: list[tuple[int, int]] = []  # places of queries and of keys in each block
+        begin = queries_before = 0
         for block in blocks:
-            queries = block.tokens[:, None] * heads + of_head[:, None]  # [R, H, T]
-            tokens = torch.cat([torch.arange(block.lead).expand(block.rows, -1), block.tokens], dim=1)
-            keys = tokens[:, None] * kv_heads + of_kv[:, None]  # [R, K, lead + T]
+            lead = torch.arange(block.lead).expand(block.rows, -1)
+            queries = block.tokens[:, None] * self.joined + of_head[:, None]  # [R, H, T]
+            keys = torch.cat([lead, block.tokens], dim=1)[:, None] * self.joined + of_kv[:, None]  # [R, K, lead + T]
+            gathered += [queries.flatten(), keys.flatten(), keys.flatten() + kv_heads]
+            sizes = queries.numel(), keys.numel()
             row, slot = block.real.nonzero().T
             mine = block.tokens[block.real]
-            query_slots[mine] = queries_before + ((row * heads)[:, None] + of_head) * block.width + slot[:, None]
-            key_slots[mine] = keys_before + ((row * kv_heads)[:, None] + of_kv) * block.own + block.lead + slot[:, None]
-            self.queries.append(queries.flatten().to(device))
-            self.keys.append(keys.flatten().to(device))
-            queries_before, keys_before = queries_before + queries.numel(), keys_before + keys.numel()
-        self.query_slots, self.key_slots = query_slots.flatten().to(device), key_slots.flatten().to(device)
+            of_queries = ((row * heads)[:, None] + torch.arange(heads)) * block.width + slot[:, None]
+            of_keys = ((row * kv_heads)[:, None] + torch.arange(kv_heads)) * block.own + block.lead + slot[:, None]
+            of_keys += begin + sizes[0]
+            slots[mine] = torch.cat([begin + of_queries, of_keys, of_keys + sizes[1]], dim=1)
+            query_slots[mine] = queries_before + of_queries
+            begin, queries_before = begin + sizes[0] + 2 * sizes[1], queries_before + sizes[0]
+            self.sizes.append(sizes)
+        self.queries, self.all = queries_before, begin
+        self.gathered = torch.cat(gathered).to(device)
+        self.slots, self.query_slots = slots.flatten().to(device), query_slots.flatten().to(device)
+
+    def rectangles(self, gathered: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Queries, keys and values of each block, views of [all, D]."""
+        parts = gathered.split([size for queries, keys in self.sizes for size in (queries, keys, keys)])
+        return list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one layer asks for, besides its tensors."""
+    """What one layer asks for, besides its tensors. scale: of the products of queries and keys."""
 
     blocks: Sequence[Block]
     places: Places
-    window: int | None
-    softcap: float | None
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pieces: Sequence[Piece], call: Call, fused: bool
-) -> torch.Tensor:
-    """Attention of a line, query [H, N, D] (scaled), key and value [K, N, D], behind `pieces`: [N, H, D].
+def attend(joined: torch.Tensor, pieces: Sequence[Piece], call: Call, fused: bool) -> torch.Tensor:
+    """Attention of a line, queries, keys and values side by side [N, H + 2 K, D], behind `pieces`: [N, H, D].
 
     fused: by PyTorch's own attention, which keeps no scores for the backward pass; for long rows.
     """
-    q, k, v = (x.transpose(0, 1).reshape(-1, x.shape[-1]) for x in (query, key, value))
+    line = joined.reshape(-1, joined.shape[-1])
     if fused:
-        out = _fused(q, k, v, pieces, call)
+        out = _fused(line, pieces, call)
     else:
-        out = _Attention.apply(q, k, v, call, *(tensor for piece in pieces for tensor in piece))
-    return out.view(query.shape[1], query.shape[0], -1)
+        out = _Attention.apply(line, call, *(tensor for piece in pieces for tensor in piece))
+    return out.view(len(joined), call.places.heads, -1)
 
 
 class _Attention(torch.autograd.Function):
-    """query [N * H, D], key and value [N * K, D], then keys and values of each piece in turn -> [N * H, D]."""
+    """A line [N * (H + 2 K), D], then keys and values of each piece in turn -> [N * H, D]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, *before: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, line: torch.Tensor, call: Call, *before: torch.Tensor) -> torch.Tensor:
         places, kv_heads = call.places, call.places.kv_heads
-        outs, saved = [], []
-        for block, q_at, k_at in zip(call.blocks, places.queries, places.keys, strict=True):
-            q = _gather(query, q_at, block.rows * kv_heads)  # [R * K, G * T, D]
-            k, v = (_gather(x, k_at, block.rows * kv_heads) for x in (key, value))  # [R * K, lead + T, D]
+        gathered = line.index_select(0, places.gathered)
+        outs = line.new_empty(places.queries, line.shape[-1])
+        saved = []
+        of_blocks = outs.split([queries for queries, _ in places.sizes])
+        for block, rectangles, out in zip(call.blocks, places.rectangles(gathered), of_blocks, strict=True):
+            q, k, v = _of_heads(rectangles, block, kv_heads)
             parts = [_times(q, transposed(piece), kv_heads) for piece in before[::2]]
             parts.append(torch.bmm(q, k.transpose(1, 2)))  # [R * K, G * T, size] each
             scores = torch.cat(parts, dim=-1) if before else parts[0]
-            if call.softcap:
-                scores = torch.tanh(scores / call.softcap) * call.softcap
-            capped = scores.clone() if call.softcap else q[:0]
             bias = block.bias(call.window, scores.dtype)
-            if bias is not None:
-                scores.view(block.rows, kv_heads, -1, block.width, scores.shape[-1]).add_(bias)
-            # In bfloat16, as in float32, the sums inside are in float32 and only the result is rounded.
-            weights = torch.softmax(scores, dim=-1)
+            if call.softcap:
+                scores = torch.tanh(scores * (call.scale / call.softcap)) * call.softcap
+            capped = scores.clone() if call.softcap else q[:0]
+            _scale_and_add(scores, 1 if call.softcap else call.scale, bias, block, kv_heads)
+            weights = _softmax(scores)
             split = weights.split([*(piece.shape[2] for piece in before[::2]), block.own], dim=-1)
-            seen = [_times(w, piece, kv_heads) for w, piece in zip(split, before[1::2], strict=False)]
-            seen.append(torch.bmm(split[-1], v))
-            outs.append(functools.reduce(torch.add, seen).flatten(0, 1))
-            saved += [q, k, v, weights, capped]
-        ctx.save_for_backward(*before, *saved)
+            seen = out.view(q.shape)
+            torch.bmm(split[-1], v, out=seen)
+            for w, piece in zip(split, before[1::2], strict=False):
+                seen += _times(w, piece, kv_heads)
+            saved += [weights, capped]
+        ctx.save_for_backward(*before, gathered, *saved)
         ctx.call, ctx.before = call, len(before)
-        return _joined(outs).index_select(0, places.query_slots)
+        return outs.index_select(0, places.query_slots)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        call, before, saved = ctx.call, ctx.saved_tensors[: ctx.before], ctx.saved_tensors[ctx.before :]
+        call, before, (gathered, *saved) = ctx.call, ctx.saved_tensors[: ctx.before], ctx.saved_tensors[ctx.before :]
         places, kv_heads = call.places, call.places.kv_heads
-        slots = sum(len(at) for at in places.queries)
         # An empty slot has seen something too, but what it saw counts for nothing.
-        out = gradient.new_zeros(slots, gradient.shape[-1]).index_copy_(0, places.query_slots, gradient)
-        of_queries, of_keys, of_values = [], [], []
+        of_outs = gradient.new_zeros(places.queries, gradient.shape[-1]).index_copy_(0, places.query_slots, gradient)
+        found = torch.empty_like(gathered)
         of_before: list[torch.Tensor | None] = [None] * len(before)
-        of_blocks = out.split([len(at) for at in places.queries])
-        for number, (block, mine) in enumerate(zip(call.blocks, of_blocks, strict=True)):
-            q, k, v, weights, capped = saved[5 * number : 5 * number + 5]
-            g = mine.view(*q.shape[:2], -1)
+        of_blocks = of_outs.split([queries for queries, _ in places.sizes])
+        both = zip(places.rectangles(gathered), places.rectangles(found), strict=True)
+        for number, (block, mine, (rectangles, gradients)) in enumerate(zip(call.blocks, of_blocks, both, strict=True)):
+            weights, capped = saved[2 * number : 2 * number + 2]
+            q, k, v = _of_heads(rectangles, block, kv_heads)
+            of_query, of_key, of_value = _of_heads(gradients, block, kv_heads)
+            g = mine.view(q.shape)
             sizes = [*(piece.shape[2] for piece in before[::2]), block.own]
             parts = [_times(g, transposed(piece), kv_heads) for piece in before[1::2]]
             parts.append(torch.bmm(g, v.transpose(1, 2)))
             of_weights = torch.cat(parts, dim=-1) if before else parts[0]
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
             if call.softcap:
-                of_scores = of_scores * (1 - (capped / call.softcap) ** 2)
+                of_scores *= 1 - (capped / call.softcap) ** 2
+            of_scores *= call.scale
             scores_split, weights_split = of_scores.split(sizes, dim=-1), weights.split(sizes, dim=-1)
-            of_query = [_times(s, piece, kv_heads) for s, piece in zip(scores_split, before[::2], strict=False)]
-            of_query.append(torch.bmm(scores_split[-1], k))
-            of_queries.append(functools.reduce(torch.add, of_query).flatten(0, 1))
-            of_keys.append(torch.bmm(scores_split[-1].transpose(1, 2), q))
-            of_values.append(torch.bmm(weights_split[-1].transpose(1, 2), g))
+            torch.bmm(scores_split[-1], k, out=of_query)
+            torch.bmm(scores_split[-1].transpose(1, 2), q, out=of_key)
+            torch.bmm(weights_split[-1].transpose(1, 2), g, out=of_value)
+            for s, piece in zip(scores_split, before[::2], strict=False):
+                of_query += _times(s, piece, kv_heads)
             for i, piece in enumerate(before):
-                if ctx.needs_input_grad[4 + i]:
+                if ctx.needs_input_grad[2 + i]:
                     left, right = (weights_split, g) if i % 2 else (scores_split, q)
-                    found = _piece_gradient(left[i // 2], right, piece)
+                    of_piece = _piece_gradient(left[i // 2], right, piece)
                     so_far = of_before[i]
-                    of_before[i] = found if so_far is None else so_far + found
-        of_query_line = _joined(of_queries).index_select(0, places.query_slots)
-        of_key_line, of_value_line = (_back_in_line(x, call) for x in (of_keys, of_values))
-        return of_query_line, of_key_line, of_value_line, None, *of_before
+                    of_before[i] = of_piece if so_far is None else so_far + of_piece
+        return _back_in_line(found, call), None, *of_before
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax with its sums in float32 at least.
+
+    On a CPU that of half precision takes up to five times as long where the number of keys is no multiple of 32.
+    """
+    if scores.device.type == "cpu" and scores.element_size() < 4:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+    return torch.softmax(scores, dim=-1)
+
+
+def _of_heads(rectangles: Sequence[torch.Tensor], block: Block, kv_heads: int) -> list[torch.Tensor]:
+    """Queries [R * K, G * T, D], keys and values [R * K, lead + T, D]."""
+    return [x.view(block.rows * kv_heads, -1, x.shape[-1]) for x in rectangles]
+
+
+def _scale_and_add(scores: torch.Tensor, scale: float, bias: torch.Tensor | None, block: Block, kv_heads: int) -> None:
+    """scores * scale + bias, in place: one pass over the scores [R * K, G * T, all keys]."""
+    if bias is None:
+        scores *= scale
+    else:
+        of_heads = scores.view(block.rows, kv_heads, -1, block.width, scores.shape[-1])
+        torch.add(bias, of_heads, alpha=scale, out=of_heads)
 
 
 def transposed(states: torch.Tensor) -> torch.Tensor:
@@ -249,14 +298,6 @@ def transposed(states: torch.Tensor) -> torch.Tensor:
     if states.dtype == torch.bfloat16 and states.device.type == "cpu":
         states = states.contiguous()
     return states.transpose(-2, -1)
-
-
-def _gather(line: torch.Tensor, places: torch.Tensor, batch: int) -> torch.Tensor:
-    return line.index_select(0, places).view(batch, -1, line.shape[-1])
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _times(a: torch.Tensor, b: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -282,34 +323,40 @@ def _piece_gradient(left: torch.Tensor, right: torch.Tensor, piece: torch.Tensor
     return torch.bmm(left.transpose(1, 2), right).view(piece.shape)
 
 
-def _back_in_line(parts: Sequence[torch.Tensor], call: Call) -> torch.Tensor:
-    """Gradients of gathered keys or values, [R * K, lead + T, D] a block, added up in line: [N * K, D]."""
-    size, kv_heads = parts[0].shape[-1], call.places.kv_heads
-    line = _joined([part.view(-1, size) for part in parts]).index_select(0, call.places.key_slots)
-    for block, part in zip(call.blocks, parts, strict=True):
+def _back_in_line(found: torch.Tensor, call: Call) -> torch.Tensor:
+    """Gradients of gathered queries, keys and values, [all, D], added up in line: [N * (H + 2 K), D]."""
+    places, size = call.places, found.shape[-1]
+    line = found.index_select(0, places.slots)
+    if not call.blocks[0].lead:
+        return line
+    precise = torch.promote_types(torch.float32, found.dtype)
+    of_lead = torch.zeros(call.blocks[0].lead, 2 * places.kv_heads, size, dtype=precise, device=found.device)
+    begin = 0
+    for block, (queries, keys) in zip(call.blocks, places.sizes, strict=True):
         if block.lead:
-            first = part.view(block.rows, kv_heads, block.own, size)[:, :, : block.lead]
-            first = first.sum(dim=0, dtype=torch.promote_types(torch.float32, part.dtype))  # [K, lead, D]
-            line[: block.lead * kv_heads] += first.transpose(0, 1).reshape(-1, size).to(line.dtype)
+            of_keys = found[begin + queries : begin + queries + 2 * keys]  # and of values
+            of_keys = of_keys.view(2, block.rows, places.kv_heads, block.own, size)[:, :, :, : block.lead]
+            of_lead += of_keys.sum(dim=1, dtype=precise).flatten(0, 1).transpose(0, 1)
+        begin += queries + 2 * keys
+    line.view(-1, places.joined, size)[: len(of_lead), places.heads :] += of_lead.to(line.dtype)
     return line
 
 
-def _fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pieces: Sequence[Piece], call: Call
-) -> torch.Tensor:
+def _fused(line: torch.Tensor, pieces: Sequence[Piece], call: Call) -> torch.Tensor:
     """The same by PyTorch's fused attention, differentiated by autograd; what all rows share is copied for each row."""
-    outs = []
-    for block, q_at, k_at in zip(call.blocks, call.places.queries, call.places.keys, strict=True):
-        shape = (block.rows, call.places.kv_heads)
-        q = _gather(query, q_at, math.prod(shape)).unflatten(0, shape)  # [R, K, G * T, D]
-        own = [_gather(x, k_at, math.prod(shape)).unflatten(0, shape) for x in (key, value)]
+    outs, places = [], call.places
+    rectangles = places.rectangles(line.index_select(0, places.gathered))
+    for block, (q, *own) in zip(call.blocks, rectangles, strict=True):
+        shape = (block.rows, places.kv_heads, -1, line.shape[-1])
+        q = q.view(shape)  # [R, K, G * T, D]
         keys, values = (
-            torch.cat([*(piece[i].expand(block.rows, -1, -1, -1) for piece in pieces), own[i]], dim=2) for i in (0, 1)
+            torch.cat([*(piece[i].expand(block.rows, -1, -1, -1) for piece in pieces), own[i].view(shape)], dim=2)
+            for i in (0, 1)
         )
         bias = block.bias(call.window, q.dtype)
         if bias is not None:
             group = q.shape[2] // block.width
             bias = bias[:, 0].expand(-1, group, -1, -1).reshape(bias.shape[0], 1, q.shape[2], -1)
-        out = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=1.0)
+        out = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=call.scale)
         outs.append(out.reshape(-1, out.shape[-1]))
-    return _joined(outs).index_select(0, call.places.query_slots)
+    return torch.cat(outs).index_select(0, places.query_slots)
