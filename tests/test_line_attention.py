@@ -66,6 +66,7 @@ CASES = {
     "behind a lead that is longer than all": {"lengths": [9, 2, 3], "lead": 12},
     "behind a lead, of unlike length": {"lengths": [90, 2, 3, 80, 1], "lead": 2},
     "behind a lead behind what all share": {"lengths": [9, 2, 3], "before": [(1, 3)], "lead": 4},
+    "few, behind what all share": {"lengths": [3, 2], "before": [(1, 3), (2, 4, (4, 1))]},
     "behind pieces of their own": {"lengths": [5, 1, 3], "before": [(1, 2), (3, 4, (4, 1, 0)), (3, 2)]},
     "a tree": {"lengths": [5, 5], "before": [(1, 2)], "parents": TREE},
     "one token": {"lengths": [1, 1, 1], "before": [(3, 4)]},
@@ -120,12 +121,13 @@ def test_a_lead_is_a_row_of_a_block_that_is_wide_enough():
     assert [(block.rows, block.width) for block in Pass([500], lead=10).blocks] == [(1, 500), (1, 10)]
 
 
-def test_pieces_that_need_no_gradient_get_none():
+@pytest.mark.parametrize("length", [2, 9], ids=["apart", "side by side"])
+def test_pieces_that_need_no_gradient_get_none(length):
     torch.manual_seed(0)
     fixed, learned = piece(1, 3), piece(1, 2)
     fixed = States([fixed.keys[0].detach()], [fixed.values[0].detach()])
-    rows = Pass([2, 2], [fixed, learned])
-    line = noise(4, HEADS + 2 * KV_HEADS, SIZE)
+    rows = Pass([length, length], [fixed, learned])
+    line = noise(2 * length, HEADS + 2 * KV_HEADS, SIZE)
     pieces = [(s.keys[0], s.values[0]) for s in (fixed, learned)]
     attend(line, pieces, Call(rows.blocks, rows.places(HEADS, KV_HEADS), SCALE), False).sum().backward()
     assert fixed.keys[0].grad is None and learned.keys[0].grad.abs().sum() > 0

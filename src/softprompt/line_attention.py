@@ -206,21 +206,20 @@ class _Attention(torch.autograd.Function):
         saved = []
         of_blocks = outs.split([queries for queries, _ in places.sizes])
         for block, rectangles, out in zip(call.blocks, places.rectangles(gathered), of_blocks, strict=True):
-            q, k, v = _of_heads(rectangles, block, kv_heads)
-            parts = [_times(q, transposed(piece), kv_heads) for piece in before[::2]]
-            parts.append(torch.bmm(q, k.transpose(1, 2)))  # [R * K, G * T, size] each
-            scores = torch.cat(parts, dim=-1) if before else parts[0]
+            q, *own = _of_heads(rectangles, block, kv_heads)
+            keys, values = (_multiplied(before[i::2], own[i], q, kv_heads) for i in (0, 1))
+            scores = _joined([_times(q, transposed(key), kv_heads) for key in keys])  # [R * K, G * T, all keys]
             bias = block.bias(call.window, scores.dtype)
             if call.softcap:
                 scores = torch.tanh(scores * (call.scale / call.softcap)) * call.softcap
             capped = scores.clone() if call.softcap else q[:0]
             _scale_and_add(scores, 1 if call.softcap else call.scale, bias, block, kv_heads)
             weights = _softmax(scores)
-            split = weights.split([*(piece.shape[2] for piece in before[::2]), block.own], dim=-1)
+            *of_others, mine = weights.split([value.shape[2] for value in values], dim=-1)
             seen = out.view(q.shape)
-            torch.bmm(split[-1], v, out=seen)
-            for w, piece in zip(split, before[1::2], strict=False):
-                seen += _times(w, piece, kv_heads)
+            torch.bmm(mine, values[-1].flatten(0, 1), out=seen)
+            for others, value in zip(of_others, values, strict=False):
+                seen += _times(others, value, kv_heads)
             saved += [weights, capped]
         ctx.save_for_backward(*before, gathered, *saved)
         ctx.call, ctx.before = call, len(before)
@@ -239,29 +238,27 @@ class _Attention(torch.autograd.Function):
         both = zip(places.rectangles(gathered), places.rectangles(found), strict=True)
         for number, (block, mine, (rectangles, gradients)) in enumerate(zip(call.blocks, of_blocks, both, strict=True)):
             weights, capped = saved[2 * number : 2 * number + 2]
-            q, k, v = _of_heads(rectangles, block, kv_heads)
-            of_query, of_key, of_value = _of_heads(gradients, block, kv_heads)
+            q, *own = _of_heads(rectangles, block, kv_heads)
+            of_query, *of_own = _of_heads(gradients, block, kv_heads)
             g = mine.view(q.shape)
-            sizes = [*(piece.shape[2] for piece in before[::2]), block.own]
-            parts = [_times(g, transposed(piece), kv_heads) for piece in before[1::2]]
-            parts.append(torch.bmm(g, v.transpose(1, 2)))
-            of_weights = torch.cat(parts, dim=-1) if before else parts[0]
+            keys, values = (_multiplied(before[i::2], own[i], q, kv_heads) for i in (0, 1))
+            of_weights = _joined([_times(g, transposed(value), kv_heads) for value in values])
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
             if call.softcap:
                 of_scores *= 1 - (capped / call.softcap) ** 2
             of_scores *= call.scale
-            scores_split, weights_split = of_scores.split(sizes, dim=-1), weights.split(sizes, dim=-1)
-            torch.bmm(scores_split[-1], k, out=of_query)
-            torch.bmm(scores_split[-1].transpose(1, 2), q, out=of_key)
-            torch.bmm(weights_split[-1].transpose(1, 2), g, out=of_value)
-            for s, piece in zip(scores_split, before[::2], strict=False):
-                of_query += _times(s, piece, kv_heads)
-            for i, piece in enumerate(before):
-                if ctx.needs_input_grad[2 + i]:
-                    left, right = (weights_split, g) if i % 2 else (scores_split, q)
-                    of_piece = _piece_gradient(left[i // 2], right, piece)
-                    so_far = of_before[i]
-                    of_before[i] = of_piece if so_far is None else so_far + of_piece
+            *of_others, of_mine = of_scores.split([key.shape[2] for key in keys], dim=-1)
+            torch.bmm(of_mine, keys[-1].flatten(0, 1), out=of_query)
+            for others, key in zip(of_others, keys, strict=False):
+                of_query += _times(others, key, kv_heads)
+            for i, (left, right) in enumerate(((of_scores, q), (weights, g))):
+                needed = ctx.needs_input_grad[2 + i :: 2]
+                found_here = _key_gradients(left, right, before[i::2], needed, of_own[i], kv_heads)
+                for number_before, of_piece in enumerate(found_here):
+                    so_far = of_before[2 * number_before + i]
+                    of_before[2 * number_before + i] = (
+                        of_piece if so_far is None or of_piece is None else so_far + of_piece
+                    )
         return _back_in_line(found, call), None, *of_before
 
 
@@ -278,6 +275,60 @@ def _softmax(scores: torch.Tensor) -> torch.Tensor:
 def _of_heads(rectangles: Sequence[torch.Tensor], block: Block, kv_heads: int) -> list[torch.Tensor]:
     """Queries [R * K, G * T, D], keys and values [R * K, lead + T, D]."""
     return [x.view(block.rows * kv_heads, -1, x.shape[-1]) for x in rectangles]
+
+
+def _multiplied(
+    pieces: Sequence[torch.Tensor], own: torch.Tensor, q: torch.Tensor, kv_heads: int
+) -> list[torch.Tensor]:
+    """Keys (or values) as queries are multiplied with them: pieces [R or 1, K, S, D] and the rows' own [R * K, T, D].
+
+    Side by side for each row, [R, K, all, D], or, where their copies would be more than the scores are, apart.
+    """
+    rows = own.unflatten(0, (-1, kv_heads))
+    if not pieces or not _side_by_side(q):
+        return [*pieces, rows]
+    return [torch.cat([*(piece.expand(len(rows), -1, -1, -1) for piece in pieces), rows], dim=2)]
+
+
+def _side_by_side(q: torch.Tensor) -> bool:
+    """Whether a key's part in the scores of q [R * K, G * T, D] is larger than the key."""
+    return q.shape[1] >= q.shape[2]
+
+
+def _joined(scores: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(scores), dim=-1) if len(scores) > 1 else scores[0]
+
+
+def _key_gradients(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    pieces: Sequence[torch.Tensor],
+    needed: Sequence[bool],
+    of_own: torch.Tensor,
+    kv_heads: int,
+) -> list[torch.Tensor | None]:
+    """Gradients of keys (or values): left^T right, [R * K, G * T, all keys] and [R * K, G * T, D].
+
+    That of the rows' own is put into of_own [R * K, own, D], those of `pieces` which are needed are returned.
+    """
+    sizes = [*(piece.shape[2] for piece in pieces), of_own.shape[1]]
+    found: list[torch.Tensor | None] = [None] * len(pieces)
+    if not any(needed) or not _side_by_side(right):
+        *of_pieces, mine = left.split(sizes, dim=-1)
+        torch.bmm(mine.transpose(1, 2), right, out=of_own)
+        for number, piece in enumerate(pieces):
+            if needed[number]:
+                found[number] = _piece_gradient(of_pieces[number], right, piece)
+        return found
+    first = list(needed).index(True)
+    together = torch.bmm(left[..., sum(sizes[:first]) :].transpose(1, 2), right).unflatten(0, (-1, kv_heads))
+    *of_pieces, mine = together.split(sizes[first:], dim=2)
+    of_own.view(mine.shape).copy_(mine)
+    precise = torch.promote_types(torch.float32, right.dtype)
+    for number, of_piece in enumerate(of_pieces, first):
+        of_rows = pieces[number].shape[0] == len(mine)
+        found[number] = of_piece if of_rows else of_piece.sum(0, keepdim=True, dtype=precise).to(right.dtype)
+    return found
 
 
 def _scale_and_add(scores: torch.Tensor, scale: float, bias: torch.Tensor | None, block: Block, kv_heads: int) -> None:
