@@ -69,6 +69,13 @@ def send_cases(operation, mode: GenerationMode, count: int) -> int:
     return sent
 
 
+def test_the_page_tells_of_streams(small):
+    paths = small.client.get("/openapi.json").json()["paths"]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"} and content["application/json"]["schema"]
+
+
 def test_nothing_that_is_sent_makes_the_server_fail(small):
     assert run(small, 8) > 80
     until(lambda: at_rest(small.service))

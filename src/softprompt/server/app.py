@@ -26,6 +26,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorResponse, "description": why}
     for code, why in {**WHY, 403: "refused", 422: "wrong"}.items()
 }
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "with `stream: true` a stream of events"}
+}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -89,13 +92,13 @@ def _model_routes(app: FastAPI, service: Service) -> None:
 def _answer_routes(app: FastAPI, service: Service) -> None:
     limits = service.settings.limits
 
-    @app.post("/v1/completions", response_model=schemas.CompletionResponse)
+    @app.post("/v1/completions", response_model=schemas.CompletionResponse, responses=STREAMED)
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         task = service.task(body.model)
         make = _maker(asking.completion, task, body, limits)
         return await answer(request, "completion", body, body.logprobs, make)
 
-    @app.post("/v1/chat/completions", response_model=schemas.ChatResponse)
+    @app.post("/v1/chat/completions", response_model=schemas.ChatResponse, responses=STREAMED)
     async def chat(body: schemas.ChatRequest, request: Request) -> Response:
         task = service.task(body.model)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
