@@ -1,11 +1,13 @@
 """Attention of rows in line, and its written-out gradient, beside attention row by row through autograd."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.attention import Pass, States
+from softprompt.attention import Pass, States, rows_attention, rows_in_line
 from softprompt.line_attention import APART, Call, alike, attend
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -131,3 +133,22 @@ def test_pieces_that_need_no_gradient_get_none(length):
     pieces = [(s.keys[0], s.values[0]) for s in (fixed, learned)]
     attend(line, pieces, Call(rows.blocks, rows.places(HEADS, KV_HEADS), SCALE), False).sum().backward()
     assert fixed.keys[0].grad is None and learned.keys[0].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("size", "value_size"), [(8, 6), (6, 8)])
+def test_values_may_be_of_another_size_than_keys(size, value_size):
+    torch.manual_seed(0)
+    before = States([noise(1, KV_HEADS, 3, size)], [noise(1, KV_HEADS, 3, value_size)])
+    rows = Pass([5, 2], [before], record=True)
+    query, key, value = noise(HEADS, 7, size), noise(KV_HEADS, 7, size), noise(KV_HEADS, 7, value_size)
+    wanted = reference(query, key, value, rows, None, None)
+    layer, model = SimpleNamespace(layer_idx=0), SimpleNamespace(config=SimpleNamespace(_attn_implementation="eager"))
+    with rows_in_line(model, rows):
+        found, _ = rows_attention(layer, query[None], key[None], value[None], None, SCALE)
+    torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-12)
+    leaves, weight = [query, key, value, before.keys[0], before.values[0]], torch.randn_like(wanted)
+    right = torch.autograd.grad((wanted * weight).sum(), leaves)
+    for mine, theirs in zip(torch.autograd.grad((found[0] * weight).sum(), leaves), right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    assert rows.states().keys[0].shape == (2, KV_HEADS, 5, size)
+    assert rows.states().values[0].shape == (2, KV_HEADS, 5, value_size)

@@ -143,7 +143,8 @@ class Pass:
         return self._made((begins[:, None] + own).masked_fill(~real, 0), real, self.lead)
 
     def _add_lead(self) -> None:
-        """The lead's own queries: one more row of a block that is wide enough, or a block of their own."""
+        """The lead's own queries: one more row of a block that is wide enough, where that is less work than a further
+        block, or a block of their own."""
         own = torch.arange(self.lead)[None]
         wide = [i for i, b in enumerate(self.blocks) if self.lead <= b.width and b.width * b.own <= APART]
         if not wide or self.parents is not None:
@@ -286,7 +287,8 @@ def joined_attention(
     scale = size**-0.5 if scaling is None else scaling
     query, key, value = joined.transpose(0, 1)[None].split([heads, kv_heads, kv_heads], dim=1)
     if rows.record:
-        rows.recorded[layer] = (key[..., : sizes[0]], value[..., : sizes[1]])
+        # Copies, so that nothing holds the queries any longer than they are needed.
+        rows.recorded[layer] = (key[..., : sizes[0]].contiguous(), value[..., : sizes[1]].contiguous())
     if rows.see:
         rows.see(layer, query[..., : sizes[0]] * scale, kv_heads)
     pieces = [(_filled(states.keys[layer], size), _filled(states.values[layer], size)) for states in rows.before]

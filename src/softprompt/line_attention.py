@@ -3,7 +3,7 @@
 Tokens of all rows stand in one line, [N, heads, D]. Rows of like length form a block. For a block the queries and keys
 are gathered from the line into rectangles, the query heads that share a key-value head laid out as further queries of
 it, so that no key is repeated; gathering, and putting back into the line what is computed, is one step for all blocks.
- Autograd would do the same through some hundred small operations a layer, which took longer than the products.
+Autograd would do the same through some hundred small operations a layer, which took longer than the products.
 """
 
 from __future__ import annotations
@@ -139,10 +139,8 @@ class Places:
         self.heads, self.kv_heads, self.joined = heads, kv_heads, heads + 2 * kv_heads
         of_head, of_kv = torch.arange(heads), heads + torch.arange(kv_heads)
         count = 1 + max(int(block.tokens.max()) for block in blocks)
-        slots, query_slots = (
-            torch.empty(count, self.joined, dtype=torch.long),
-            torch.empty(count, heads, dtype=torch.long),
-        )
+        slots = torch.empty(count, self.joined, dtype=torch.long)
+        query_slots = torch.empty(count, heads, dtype=torch.long)
         gathered: list[torch.Tensor] = []
         self.sizes: list[tuple[int, int]] = []  # places of queries and of keys in each block
         begin = queries_before = 0
@@ -235,9 +233,15 @@ class _Attention(torch.autograd.Function):
         found = torch.empty_like(gathered)
         of_before: list[torch.Tensor | None] = [None] * len(before)
         of_blocks = of_outs.split([queries for queries, _ in places.sizes])
-        both = zip(places.rectangles(gathered), places.rectangles(found), strict=True)
-        for number, (block, mine, (rectangles, gradients)) in enumerate(zip(call.blocks, of_blocks, both, strict=True)):
-            weights, capped = saved[2 * number : 2 * number + 2]
+        of_each = (
+            call.blocks,
+            of_blocks,
+            places.rectangles(gathered),
+            places.rectangles(found),
+            saved[::2],
+            saved[1::2],
+        )
+        for block, mine, rectangles, gradients, weights, capped in zip(*of_each, strict=True):
             q, *own = _of_heads(rectangles, block, kv_heads)
             of_query, *of_own = _of_heads(gradients, block, kv_heads)
             g = mine.view(q.shape)
@@ -253,12 +257,8 @@ class _Attention(torch.autograd.Function):
                 of_query += _times(others, key, kv_heads)
             for i, (left, right) in enumerate(((of_scores, q), (weights, g))):
                 needed = ctx.needs_input_grad[2 + i :: 2]
-                found_here = _key_gradients(left, right, before[i::2], needed, of_own[i], kv_heads)
-                for number_before, of_piece in enumerate(found_here):
-                    so_far = of_before[2 * number_before + i]
-                    of_before[2 * number_before + i] = (
-                        of_piece if so_far is None or of_piece is None else so_far + of_piece
-                    )
+                of_pieces = _key_gradients(left, right, before[i::2], needed, of_own[i], kv_heads)
+                of_before[i::2] = [_added(*both) for both in zip(of_before[i::2], of_pieces, strict=True)]
         return _back_in_line(found, call), None, *of_before
 
 
@@ -329,6 +329,10 @@ def _key_gradients(
         of_rows = pieces[number].shape[0] == len(mine)
         found[number] = of_piece if of_rows else of_piece.sum(0, keepdim=True, dtype=precise).to(right.dtype)
     return found
+
+
+def _added(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _scale_and_add(scores: torch.Tensor, scale: float, bias: torch.Tensor | None, block: Block, kv_heads: int) -> None:
