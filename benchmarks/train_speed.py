@@ -12,8 +12,9 @@ are equal is asserted at every step. peft-lora (rank 8 on all linear layers) has
 
 Each side lives in a process of its own; they take turns step by step, the first turn changing hands, so that whatever
 else the machine does meets all alike. Long texts are the exception: there the sides come one after the other, since
-all together do not fit into 24 GiB. A first step, of few rows, is not timed. On a busy machine the clock says little;
-the ratio of processor time, with one thread, says more.
+all together do not fit into 24 GiB. A first step, of a batch of its own, is not timed: memory that a process touches
+for the first time may cost more than the step (a virtual machine may fetch it page by page), and a run has hundreds of
+steps. On a busy machine the clock says little; the ratio of processor time, with one thread, says more.
 
 PEFT's sides go their ordinary path: a right-padded batch with labels through `model(**batch).loss`, and `backward`;
 so logits of all positions, as that path makes them. Where there is a choice they get the better one: batches are padded
@@ -48,7 +49,6 @@ from softprompt import machine, weights
 __all__ = ["main", "right_padded"]
 QUICK = 1  # timed step
 QUICK_KIND = "short"
-WARM = 4  # rows of the first step, which is not timed
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -87,10 +87,8 @@ def batches_of(case: Case, folder: str, steps: int, size: int) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    warm = min(WARM, size)
-    fields = read_fields(case.data, warm + steps * size)
-    rows = encode(tokenizer, case.data.template, fields, case.tokens, case.data.room)
-    return (tuple(rows[:warm]), *in_batches(rows[warm:], size))
+    fields = read_fields(case.data, (1 + steps) * size)
+    return in_batches(encode(tokenizer, case.data.template, fields, case.tokens, case.data.room), size)
 
 
 def measure(
